@@ -91,7 +91,7 @@ class _Workspace:
 
 
 def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, with the product in the dtype of `right`."""
+    """Add left @ right to the total, with the product in the dtype of `right`."""
     if total.dtype == right.dtype:
         total.addmm_(left, right)
     else:

@@ -118,7 +118,7 @@ def _mean_per_completion(
 
 
 def _log_odds(mean_nll: Tensor) -> Tensor:
-    """log p / (1 - p) with p = exp(-mean_nll); expm1 keeps 1 - p exact where p is near 1."""
+    """Return log p / (1 - p) with p = exp(-mean_nll); expm1 keeps 1 - p exact where p is near 1."""
     a = mean_nll.clamp_min(MIN_MEAN_NLL)
     return -a - torch.log(-torch.expm1(-a))
 

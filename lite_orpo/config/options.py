@@ -1,0 +1,72 @@
+"""Options of a run beside the training arguments: model, adapter, data, report.
+
+Plain dataclasses with TRL's flat names, importable without torch, so that `--help` and `init`
+answer at once. Training arguments are in `orpo_config.py`.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which base model, and how it is loaded."""
+
+    model_name_or_path: str | None = _option(None, "base model: a folder or a name on the hub")
+    model_revision: str = _option("main", "branch, tag or commit on the hub")
+    dtype: str = _option(
+        "auto", "weights in memory: auto (what the device truly has), float32, bfloat16, float16"
+    )
+    attn_implementation: str | None = _option(None, "attention backend; default: transformers' own")
+    trust_remote_code: bool = _option(False, "run Python code that a hub repository ships")
+    chat_template_path: str | None = _option(
+        None, "Jinja file to use where the tokenizer has no chat template"
+    )
+
+
+@dataclass(frozen=True)
+class LoraOptions:
+    """The adapter."""
+
+    use_peft: bool = _option(True, "train a LoRA adapter; false trains the whole model")
+    lora_r: int = _option(16, "rank")
+    lora_alpha: int = _option(32, "the adapter is scaled by alpha / r")
+    lora_dropout: float = _option(0.0, "dropout on the adapter's input")
+    lora_target_modules: list[str] | None = _option(
+        None, "module names; default: all linear layers but the output head"
+    )
+    lora_modules_to_save: list[str] | None = _option(None, "modules trained in full beside it")
+    use_rslora: bool = _option(False, "scale by alpha / sqrt(r) instead")
+    use_dora: bool = _option(False, "weight-decomposed LoRA")
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Which preference pairs."""
+
+    dataset_name: str | None = _option(
+        None, "training pairs: .jsonl[.gz], .json, .csv, .parquet, a folder, or a hub name"
+    )
+    dataset_config: str | None = _option(None, "configuration name of a hub data set")
+    dataset_train_split: str = _option("train", "split to train on")
+    eval_dataset_name: str | None = _option(
+        None, "held-out pairs; default: the test split of dataset_name, where it has one"
+    )
+    dataset_test_split: str = _option("test", "split to evaluate on")
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """What a run shows beside its metrics."""
+
+    eval_before_training: bool = _option(True, "evaluate the base model first, to compare with")
+    sample_prompts: int = _option(3, "held-out prompts answered before and after; 0 turns it off")
+    sample_max_new_tokens: int = _option(64, "length of those answers in tokens")
+    save_plots: bool = _option(True, "write curves.png into the output folder")
+
+
+OPTION_GROUPS: tuple[type[Any], ...] = (ModelOptions, LoraOptions, DataOptions, ReportOptions)

@@ -1,0 +1,156 @@
+"""ORPOConfig: transformers.TrainingArguments with ORPO's own settings and defaults that fit.
+
+Settings of the loss, of row lengths and of the fused head are here; which model, adapter and
+data a command-line run uses is in `options.py`.
+"""
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from ..errors import ConfigError
+
+DEFAULT_BETA = 0.1
+
+
+def _setting(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+def gpu_has_bf16() -> bool:
+    """Whether the current CUDA device computes in bf16 itself (a T4 only emulates it)."""
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+@dataclass
+class ORPOConfig(TrainingArguments):
+    """Training arguments for `ORPOTrainer`.
+
+    The strength of the odds-ratio term is `beta` (TRL's name, the paper's lambda) or
+    `orpo_alpha` with the temperature `orpo_beta` (the course's names); mixing the two ways is
+    refused, since `beta` means the strength in one and the temperature in the other.
+
+    Every other argument is `transformers.TrainingArguments`'s; these defaults differ: `bf16`
+    and `fp16` follow the device, activation checkpointing is on for GPUs, `logging_steps` is 10,
+    `remove_unused_columns` and `logging_nan_inf_filter` are always off.
+
+    Raises:
+        ConfigError: settings that contradict each other or lie outside their range.
+    """
+
+    learning_rate: float = _setting(5e-5, "peak learning rate; LoRA needs more than full training")
+    logging_steps: float = _setting(10, "optimiser steps (or share of them) between log lines")
+    beta: float | None = _setting(
+        None, f"weight of the odds-ratio term, TRL's name; default {DEFAULT_BETA}"
+    )
+    orpo_alpha: float | None = _setting(None, "weight of the odds-ratio term, the course's name")
+    orpo_beta: float | None = _setting(None, "temperature inside the log-sigmoid; default 1.0")
+    nll_tokens: str = _setting(
+        "prompt_and_completion",
+        "tokens of the NLL term: prompt_and_completion (as in TRL) or completion",
+    )
+    max_length: int | None = _setting(1024, "most tokens of prompt + completion; null: no limit")
+    overlong_rows: str = _setting(
+        "drop",
+        "rows over max_length: drop, or cut_prompt (drop the prompt's oldest tokens; "
+        "completions stay whole)",
+    )
+    on_bad_row: str = _setting(
+        "drop",
+        "rows that cannot be trained on: drop (counted and shown; an error above 10 %) or error",
+    )
+    disable_dropout: bool = _setting(True, "turn the base model's dropout off (not LoRA's)")
+    loss_backend: str = _setting("auto", "backend of the fused head and loss")
+    loss_workspace_mib: int = _setting(64, "memory for blocks of logits, in MiB")
+    bf16: bool | None = _setting(None, "bf16 autocast; default: where the GPU truly has it")
+    fp16: bool | None = _setting(None, "fp16 autocast; default: on GPUs without bf16")
+
+    def __post_init__(self) -> None:
+        """Resolve what depends on the device, check our own settings, then transformers'."""
+        self._check_loss_settings()
+        self._check_data_settings()
+        self._resolve_precision()
+        self._resolve_activation_checkpointing()
+        # The loader yields raw pairs, which are no columns of the model's; and a NaN loss must
+        # be seen, not replaced by the running mean.
+        self.remove_unused_columns = False
+        self.logging_nan_inf_filter = False
+        super().__post_init__()
+        if self.label_smoothing_factor:
+            raise ConfigError("label_smoothing_factor is not part of ORPO's loss; leave it at 0")
+        if self.device.type == "cpu":
+            self.dataloader_pin_memory = False
+
+    @property
+    def odds_ratio_weight(self) -> float:
+        """The factor on the odds-ratio term (the paper's lambda)."""
+        for value in (self.orpo_alpha, self.beta):
+            if value is not None:
+                return value
+        return DEFAULT_BETA
+
+    @property
+    def odds_ratio_temperature(self) -> float:
+        """The factor on the log odds ratio inside the log-sigmoid."""
+        return 1.0 if self.orpo_beta is None else self.orpo_beta
+
+    def _check_loss_settings(self) -> None:
+        course_names = [n for n in ("orpo_alpha", "orpo_beta") if getattr(self, n) is not None]
+        if self.beta is not None and course_names:
+            raise ConfigError(
+                f"beta and {' and '.join(course_names)} are both set: beta alone is the strength "
+                "of the odds-ratio term (as in TRL), orpo_alpha the strength and orpo_beta the "
+                "temperature (as in the course); use one way"
+            )
+        for name in ("beta", "orpo_alpha"):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise ConfigError(f"{name} must not be negative, found {value}")
+        if self.orpo_beta is not None and not self.orpo_beta > 0:
+            raise ConfigError(f"orpo_beta must be positive, found {self.orpo_beta}")
+
+    def _check_data_settings(self) -> None:
+        choices = {
+            "nll_tokens": ("prompt_and_completion", "completion"),
+            "overlong_rows": ("drop", "cut_prompt"),
+            "on_bad_row": ("drop", "error"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ConfigError(
+                    f"{name} must be {' or '.join(allowed)}, found {getattr(self, name)!r}"
+                )
+        if self.max_length is not None and self.max_length < 2:
+            raise ConfigError(f"max_length must be at least 2 or null, found {self.max_length}")
+        if self.loss_workspace_mib < 1:
+            raise ConfigError(
+                f"loss_workspace_mib must be at least 1, found {self.loss_workspace_mib}"
+            )
+
+    def _resolve_precision(self) -> None:
+        on_cuda = torch.cuda.is_available() and not self.use_cpu
+        if self.bf16 is None:
+            self.bf16 = on_cuda and not self.fp16 and gpu_has_bf16()
+        if self.fp16 is None:
+            self.fp16 = on_cuda and not self.bf16 and not gpu_has_bf16()
+
+    def _resolve_activation_checkpointing(self) -> None:
+        # transformers 5.2x renamed gradient_checkpointing; either name is taken, and no
+        # deprecation warning for the one that everybody writes.
+        known = {f.name for f in fields(TrainingArguments)}
+        renames = {
+            "gradient_checkpointing": "activation_checkpointing",
+            "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+        }
+        current = "gradient_checkpointing"
+        if "activation_checkpointing" in known:
+            current = "activation_checkpointing"
+            for old, new in renames.items():
+                if getattr(self, new) is None and getattr(self, old) is not None:
+                    setattr(self, new, getattr(self, old))
+                setattr(self, old, None)
+        if getattr(self, current) is None:
+            has_gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
+            setattr(self, current, has_gpu and not self.use_cpu)

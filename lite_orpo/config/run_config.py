@@ -1,0 +1,115 @@
+"""A whole run's configuration: YAML file + overrides -> checked, typed options.
+
+Knows every key there is (training arguments and the groups of `options.py`), so an unknown one
+is answered with the nearest name.
+"""
+
+import dataclasses
+import difflib
+import enum
+import typing
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..errors import ConfigError, UserError
+from .coercion import coerce
+from .options import OPTION_GROUPS, DataOptions, LoraOptions, ModelOptions, ReportOptions
+from .orpo_config import ORPOConfig
+from .yaml_file import Setting, read_settings
+
+# A token belongs in the environment or the hub's own login, never in a file that gets shared.
+_SECRET_KEYS = {"hub_token"}
+_RESOLVED_BY_US = {"local_rank", "deepspeed_plugin", "distributed_state", "mixed_precision"}
+
+
+class RunConfig(NamedTuple):
+    """All that a run is told."""
+
+    model: ModelOptions
+    lora: LoraOptions
+    data: DataOptions
+    report: ReportOptions
+    training: ORPOConfig
+    given: dict[str, Any]
+    """The keys that the file and the overrides set, as they were resolved."""
+
+    def as_settings(self) -> dict[str, Any]:
+        """Flat settings that reproduce this run: every option, and each argument that was set."""
+        settings: dict[str, Any] = {}
+        for group in (self.model, self.lora, self.data, self.report):
+            settings.update(dataclasses.asdict(group))
+        ours = {f.name for f in dataclasses.fields(ORPOConfig)} - _inherited_names()
+        for name in sorted(ours | {"learning_rate", "logging_steps", "output_dir", "seed"}):
+            settings[name] = getattr(self.training, name)
+        settings.update({k: v for k, v in self.given.items() if k not in _SECRET_KEYS})
+        if self.training.beta is None and self.training.orpo_alpha is None:
+            settings["beta" if self.training.orpo_beta is None else "orpo_alpha"] = (
+                self.training.odds_ratio_weight
+            )
+        return {k: v.value if isinstance(v, enum.Enum) else v for k, v in settings.items()}
+
+
+def _inherited_names() -> set[str]:
+    from transformers import TrainingArguments
+
+    return {f.name for f in dataclasses.fields(TrainingArguments)}
+
+
+def load_run_config(path: Path, overrides: dict[str, Setting]) -> RunConfig:
+    """Read a configuration and apply overrides.
+
+    Args:
+        path: the YAML file.
+        overrides: settings that replace the file's, each with where it was given.
+
+    Returns:
+        The checked configuration.
+
+    Raises:
+        ConfigError: an unknown key, a value of the wrong type, or settings that contradict
+            each other.
+    """
+    settings = {**read_settings(path), **overrides}
+    groups = (*OPTION_GROUPS, ORPOConfig)
+    hints = {group: _settable_hints(group) for group in groups}
+    known = {name for group_hints in hints.values() for name in group_hints}
+    chosen: dict[type[Any], dict[str, Any]] = {group: {} for group in groups}
+    for key, setting in settings.items():
+        if key not in known:
+            raise ConfigError(_unknown_key(key, setting.where, known))
+        for group in groups:
+            if key in hints[group]:
+                chosen[group][key] = coerce(key, setting.value, hints[group][key], setting.where)
+    training = _build_training_arguments(chosen[ORPOConfig], path)
+    given = {k: v for values in chosen.values() for k, v in values.items()}
+    model, lora, data, report = (group(**chosen[group]) for group in OPTION_GROUPS)
+    return RunConfig(model, lora, data, report, training, given)
+
+
+def _settable_hints(group: type[Any]) -> dict[str, Any]:
+    hints = typing.get_type_hints(group)
+    return {
+        f.name: hints[f.name]
+        for f in dataclasses.fields(group)
+        if f.init and f.name not in _RESOLVED_BY_US
+    }
+
+
+def _unknown_key(key: str, where: str, known: set[str]) -> str:
+    nearest = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.6)
+    hint = (
+        f"did you mean {nearest[0]}?"
+        if nearest
+        else "`lite-orpo init` writes a file with the usual keys"
+    )
+    return f"{where}: unknown key {key}; {hint}"
+
+
+def _build_training_arguments(values: dict[str, Any], path: Path) -> ORPOConfig:
+    try:
+        return ORPOConfig(**values)
+    except UserError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    except (ValueError, ImportError, NotImplementedError) as error:
+        # transformers checks its own arguments; what it says is about a value in this file.
+        raise ConfigError(f"{path}: {error}") from None

@@ -1,0 +1,97 @@
+"""Reading and writing a flat YAML configuration, with the line of every key for error messages.
+
+What the keys mean is decided elsewhere. Loaded with PyYAML's safe loader, plus two repairs:
+`1e-4` is a number (YAML 1.1 reads it as text), and a key given twice is an error.
+"""
+
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from ..errors import ConfigError
+
+
+class Setting(NamedTuple):
+    """A value and where it was written, such as "config.yaml line 3"."""
+
+    value: Any
+    where: str
+
+
+class _Loader(yaml.SafeLoader):
+    pass
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+$"),
+    list("-+0123456789"),
+)
+
+
+def parse_value(text: str) -> Any:
+    """Parse one value as YAML would, for overrides on the command line.
+
+    Raises:
+        ConfigError: the text is no YAML.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"cannot read the value {text!r}: {_one_line(error)}") from None
+
+
+def read_settings(path: Path) -> dict[str, Setting]:
+    """Read a YAML mapping of flat keys.
+
+    Args:
+        path: the file, UTF-8.
+
+    Returns:
+        Each key's value and where it stands.
+
+    Raises:
+        ConfigError: the file is missing, is no YAML mapping, or repeats a key.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{path}: no such file; `lite-orpo init {path}` writes a commented one"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as UTF-8 text: {error}") from None
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return {}
+        if not isinstance(node, yaml.MappingNode):
+            raise ConfigError(f"{path}: expected `key: value` lines at the top level")
+        settings: dict[str, Setting] = {}
+        for key_node, value_node in node.value:
+            key = str(loader.construct_object(key_node, deep=True))
+            where = f"{path} line {key_node.start_mark.line + 1}"
+            if key in settings:
+                raise ConfigError(f"{where}: {key} is set twice, first at {settings[key].where}")
+            settings[key] = Setting(loader.construct_object(value_node, deep=True), where)
+        return settings
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {_one_line(error)}") from None
+    finally:
+        loader.dispose()
+
+
+def write_settings(path: Path, settings: dict[str, Any]) -> None:
+    """Write settings as YAML in the given order."""
+    path.write_text(
+        yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=100), encoding="utf-8"
+    )
+
+
+def _one_line(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None) or str(error)
+    return f"line {mark.line + 1}: {problem}" if mark is not None else problem

@@ -1,0 +1,247 @@
+"""Raw rows -> a data set of token ids, with a report of every row that was cut or left out.
+
+The rule for rows over `max_length` and the policy for rows that cannot be trained on are
+applied here, before training. The token ids go to an Arrow file that is mapped, not loaded, so
+memory does not grow with the data (without `datasets` they stay in a list).
+"""
+
+import logging
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+from ..errors import DataError, RowProblem
+from .rows import PreferenceRow, parse_row
+from .sources import RowSource
+from .tokenization import TokenizedPair, Tokenizer, special_texts_in, tokenize_pair
+
+logger = logging.getLogger(__name__)
+
+MAX_DROPPED_SHARE = 0.1
+EXAMPLES_SHOWN = 3
+
+
+class DroppedRow(NamedTuple):
+    """A row that was left out, and why."""
+
+    place: str
+    column: str
+    problem: str
+
+
+@dataclass
+class PreparationReport:
+    """What became of the rows of one source."""
+
+    source: str
+    kept: int = 0
+    cut: int = 0
+    dropped: int = 0
+    special_text_rows: int = 0
+    first_special_text: str = ""
+    problems: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[DroppedRow]] = field(default_factory=dict)
+
+    def add_dropped(self, place: str, problem: RowProblem) -> None:
+        """Count a row that was left out, and keep the first few of each kind."""
+        self.dropped += 1
+        # Numbers differ from row to row ("71 tokens"); the kind of problem does not.
+        kind = f"{problem.column} {problem.problem}".split(":")[0]
+        kind = "".join("#" if c.isdigit() else c for c in kind)
+        self.problems[kind] += 1
+        examples = self.examples.setdefault(kind, [])
+        if len(examples) < EXAMPLES_SHOWN:
+            examples.append(DroppedRow(place, problem.column, problem.problem))
+
+    def lines(self) -> list[str]:
+        """The report in words, one finding a line; the first line is the count."""
+        total = self.kept + self.dropped
+        lines = [f"{self.source}: {self.kept} of {total} rows kept"]
+        if self.cut:
+            lines.append(f"  {self.cut} prompts cut at their beginning to fit max_length")
+        for kind, count in self.problems.most_common():
+            first = self.examples[kind][0]
+            places = ", ".join(example.place for example in self.examples[kind])
+            more = ", ..." if count > EXAMPLES_SHOWN else ""
+            lines.append(
+                f"  {count} left out: column {first.column!r} {first.problem} ({places}{more})"
+            )
+        if self.special_text_rows:
+            lines.append(
+                f"  {self.special_text_rows} rows hold a special token as text, which is read as "
+                f"the control token (first: {self.first_special_text})"
+            )
+        return lines
+
+
+class LengthRule(NamedTuple):
+    """What is too long, and what happens then."""
+
+    max_length: int | None
+    overlong_rows: str  # "drop" or "cut_prompt"
+
+
+class PreparedPairs(NamedTuple):
+    """Tokenised pairs, and the report about them."""
+
+    dataset: Any
+    report: PreparationReport
+
+
+def prepare_pairs(
+    source: RowSource, tokenizer: Tokenizer, rule: LengthRule, on_bad_row: str = "drop"
+) -> PreparedPairs:
+    """Tokenise a source's rows into a map-style data set.
+
+    Its rows have `prompt_input_ids`, `chosen_input_ids`, `rejected_input_ids` (lists of ints),
+    `length` (tokens of the longer sequence) and `row` (number in the source, from 0).
+
+    Args:
+        source: where the rows come from.
+        tokenizer: a transformers tokenizer.
+        rule: the rule for over-long rows.
+        on_bad_row: "drop" leaves bad rows out and reports them; "error" stops at the first.
+
+    Returns:
+        The data set and its report.
+
+    Raises:
+        DataError: the source is unreadable or empty, `on_bad_row` is "error" and a row is bad,
+            or all rows or more than 10 % of them are bad.
+    """
+    report = PreparationReport(source.name)
+    records = _records(source, tokenizer, rule, on_bad_row, report)
+    if find_spec("datasets") is None:
+        dataset: Any = list(records)
+    else:
+        dataset = _map_from_disk(records)
+    _check_report(report, rule)
+    for line in report.lines()[1:]:
+        logger.warning("%s:%s", source.name, line[1:])
+    return PreparedPairs(dataset, report)
+
+
+def _records(
+    source: RowSource,
+    tokenizer: Tokenizer,
+    rule: LengthRule,
+    on_bad_row: str,
+    report: PreparationReport,
+) -> Iterator[dict[str, Any]]:
+    from tqdm.auto import tqdm
+
+    located = tqdm(
+        source.read(),
+        total=source.size,
+        desc=f"Tokenising {source.name}",
+        unit=" rows",
+        delay=2.0,  # a small file needs no bar
+        leave=False,
+    )
+    for number, (place, raw) in enumerate(located):
+        try:
+            row = parse_row(raw)
+            pair = tokenize_pair(row, tokenizer)
+            fitted = _fit(pair, rule)
+        except RowProblem as problem:
+            if on_bad_row == "error":
+                raise DataError(f"{source.name} {place}: {problem}") from None
+            report.add_dropped(place, problem)
+            continue
+        report.kept += 1
+        report.cut += len(fitted.prompt) < len(pair.prompt)
+        _note_special_texts(row, tokenizer, place, report)
+        yield {
+            "prompt_input_ids": fitted.prompt,
+            "chosen_input_ids": fitted.chosen,
+            "rejected_input_ids": fitted.rejected,
+            "length": len(fitted.prompt) + max(len(fitted.chosen), len(fitted.rejected)),
+            "row": number,
+        }
+
+
+def _fit(pair: TokenizedPair, rule: LengthRule) -> TokenizedPair:
+    """Apply the rule for over-long rows. Completions are never cut: each keeps its EOS."""
+    longest = max(len(pair.chosen), len(pair.rejected))
+    if rule.max_length is None or len(pair.prompt) + longest <= rule.max_length:
+        return pair
+    column = "chosen" if len(pair.chosen) >= len(pair.rejected) else "rejected"
+    if rule.overlong_rows == "drop":
+        raise RowProblem(
+            column,
+            f"is too long: {len(pair.prompt)} prompt + {longest} completion tokens, "
+            f"max_length is {rule.max_length}",
+        )
+    room = rule.max_length - longest
+    if room < 2:
+        raise RowProblem(
+            column,
+            f"leaves no room for a prompt: {longest} completion tokens, "
+            f"max_length is {rule.max_length}",
+        )
+    # The first token (BOS, or the template's opening) stays; the oldest text after it goes.
+    return pair._replace(prompt=[pair.prompt[0], *pair.prompt[len(pair.prompt) - room + 1 :]])
+
+
+def _note_special_texts(
+    row: PreferenceRow, tokenizer: Tokenizer, place: str, report: PreparationReport
+) -> None:
+    found = special_texts_in(row, tokenizer)
+    if found:
+        report.special_text_rows += 1
+        report.first_special_text = report.first_special_text or f"{found[0]!r} at {place}"
+
+
+def _map_from_disk(records: Iterator[dict[str, Any]]) -> Any:
+    import datasets
+    import pyarrow as pa
+
+    ids = pa.list_(pa.int32())
+    schema = pa.schema(
+        [
+            ("prompt_input_ids", ids),
+            ("chosen_input_ids", ids),
+            ("rejected_input_ids", ids),
+            ("length", pa.int32()),
+            ("row", pa.int64()),
+        ]
+    )
+    folder = tempfile.TemporaryDirectory(prefix="lite-orpo-", ignore_cleanup_errors=True)
+    path = f"{folder.name}/pairs.arrow"
+    with pa.OSFile(path, "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+        batch: list[dict[str, Any]] = []
+        for record in records:
+            batch.append(record)
+            if len(batch) == 1000:
+                writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
+                batch = []
+        writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
+    dataset = datasets.Dataset.from_file(path)
+    # The folder goes when the data set does.
+    dataset._lite_orpo_folder = folder
+    return dataset
+
+
+def _check_report(report: PreparationReport, rule: LengthRule) -> None:
+    total = report.kept + report.dropped
+    if total == 0:
+        raise DataError(f"{report.source}: no rows; the file or data set is empty")
+    if report.dropped <= MAX_DROPPED_SHARE * total:
+        return
+    kind, count = report.problems.most_common(1)[0]
+    first = report.examples[kind][0]
+    advice = "mend the file"
+    if "max_length" in first.problem:
+        advice = (
+            "raise max_length or set overlong_rows: cut_prompt"
+            if rule.overlong_rows == "drop"
+            else "raise max_length"
+        )
+    share = "all" if report.kept == 0 else f"{report.dropped} of"
+    raise DataError(
+        f"{report.source}: {share} {total} rows cannot be trained on, {count} of them alike: "
+        f"{first.place}, column {first.column!r} {first.problem}; {advice}"
+    )

@@ -1,0 +1,1 @@
+"""The base model: loading, the adapter on it, and its output head as the loss sees it."""

@@ -1,0 +1,106 @@
+"""The LoRA adapter: which layers it sits on, and what a trainer must refuse or arrange for it."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config.options import LoraOptions
+from ..errors import ModelError
+
+
+def lora_config(options: LoraOptions) -> Any | None:
+    """Build PEFT's LoraConfig from the options; None where `use_peft` is false.
+
+    Raises:
+        ModelError: a value that PEFT refuses.
+    """
+    if not options.use_peft:
+        return None
+    from peft import LoraConfig
+
+    try:
+        return LoraConfig(
+            task_type="CAUSAL_LM",
+            r=options.lora_r,
+            lora_alpha=options.lora_alpha,
+            lora_dropout=options.lora_dropout,
+            # PEFT's word for every linear layer but the output head.
+            target_modules=options.lora_target_modules or "all-linear",
+            modules_to_save=options.lora_modules_to_save,
+            use_rslora=options.use_rslora,
+            use_dora=options.use_dora,
+        )
+    except ValueError as error:
+        raise ModelError(f"LoRA options: {error}") from None
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Turn every dropout layer of the base model off; call it before the adapter is put on."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    for module in model.modules():
+        # Attention layers hand their rate to a function; there is no nn.Dropout to find.
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0  # type: ignore[assignment]
+
+
+def wrap_with_adapter(model: Any, peft_config: Any) -> Any:
+    """Put an adapter on a model.
+
+    Args:
+        model: a transformers model, not yet wrapped.
+        peft_config: a PEFT configuration that keeps one hidden state per input token.
+
+    Returns:
+        The PeftModel.
+
+    Raises:
+        ModelError: the model has an adapter already, the configuration adds virtual tokens, or
+            none of its target modules exists.
+    """
+    from peft import PeftConfig, PeftModel, get_peft_model
+
+    if not isinstance(peft_config, PeftConfig):
+        raise ModelError(
+            f"peft_config must be a PEFT configuration such as LoraConfig, "
+            f"found {type(peft_config).__name__}"
+        )
+    if isinstance(model, PeftModel):
+        raise ModelError(
+            "the model already has an adapter and peft_config asks for another; "
+            "pass the wrapped model without peft_config, or merge the adapter first"
+        )
+    if peft_config.is_prompt_learning:
+        raise ModelError(
+            f"{peft_config.peft_type.value} adds virtual tokens in front of the prompt, "
+            "which the scored rows do not know of; use LoRA"
+        )
+    try:
+        return get_peft_model(model, peft_config)
+    except ValueError as error:
+        raise ModelError(f"the adapter does not fit {type(model).__name__}: {error}") from None
+
+
+@contextlib.contextmanager
+def adapter_switched_off(model: Any) -> Iterator[None]:
+    """The base model for a while: the adapter is bypassed, no second model is loaded."""
+    disable = getattr(model, "disable_adapter", None)
+    if disable is None:
+        raise ModelError("the model has no adapter to switch off")
+    with disable():
+        yield
+
+
+def trainable_parameters(model: nn.Module) -> tuple[int, int]:
+    """Count of trainable parameters, and of all."""
+    counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return sum(n for n, trains in counts if trains), sum(n for n, _ in counts)
+
+
+def model_device(model: nn.Module) -> torch.device:
+    """The device of the model's first parameter."""
+    return next(model.parameters()).device

@@ -1,0 +1,260 @@
+"""The head seam: a CausalLM that returns log-probabilities of chosen rows instead of logits.
+
+`attach_scored_head` gives the innermost CausalLM's forward one more argument, `score_rows`.
+With it, the model runs its backbone, takes those rows, and computes the log-probabilities inside
+the wrapped forward, where DDP, FSDP, autocast and PEFT see it; only fp32 [M] leaves. Without it,
+the forward is the model's own.
+
+What stands between the head's product and the logits (scale, soft-cap) is not guessed from a
+list of architectures: it is read from the configuration and then proved on the model itself, by
+feeding its own head rows that we choose. A model that does not pass keeps its own full logits,
+with a warning.
+
+Legend: M scored rows, D hidden size, V vocabulary.
+"""
+
+import functools
+import logging
+import types
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lite_orpo_kernels import fused_linear_logprobs
+
+logger = logging.getLogger(__name__)
+
+# The probe's logits span about this range: far enough for any soft-cap in use to show.
+PROBE_LOGIT_RANGE = 50.0
+
+
+class HeadTransform(NamedTuple):
+    """What the model does to the head's product: scale, then soft-cap."""
+
+    logit_scale: float
+    softcap: float | None
+
+    def apply(self, logits: Tensor) -> Tensor:
+        """Transform full logits, for the comparison with the model's own."""
+        logits = logits * self.logit_scale
+        if self.softcap is None:
+            return logits
+        return self.softcap * torch.tanh(logits / self.softcap)
+
+
+class ScoredHead:
+    """The state of one attached head: how it computes, and how to take it off again."""
+
+    def __init__(self, causal_lm: nn.Module, backend: str, workspace_bytes: int) -> None:
+        self.causal_lm = causal_lm
+        self.backend = backend
+        self.workspace_bytes = workspace_bytes
+        self.transform: HeadTransform | None = None
+        """None while the model's own full logits are used."""
+        self.reason = "not verified yet"
+        """Why full logits are used, where they are."""
+        self._own_forward: Callable[..., Any] = causal_lm.forward
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether log-probabilities come from the fused op, not from full logits."""
+        return self.transform is not None
+
+    def verify(self) -> None:
+        """Find the transform and prove it on the model; fall back to full logits if none fits.
+
+        Runs the model on four tokens, without gradients. Call it once the model is on its
+        device.
+        """
+        self.transform, self.reason = _find_transform(self.causal_lm, self._own_forward)
+        if self.transform is None:
+            logger.warning(
+                "the fused head does not fit %s (%s): using the model's own full logits, which "
+                "are right but take memory of the size rows x vocabulary",
+                type(self.causal_lm).__name__,
+                self.reason,
+            )
+
+    def log_probs(self, score_rows: tuple[Tensor, Tensor], args: Any, kwargs: Any) -> Tensor:
+        """Run the model and score some of its positions.
+
+        Args:
+            score_rows: index [M] into the flattened [batch * length] positions, and the target
+                token of each [M]; int64.
+            args: positional arguments of the model's forward.
+            kwargs: its keyword arguments.
+
+        Returns:
+            fp32 log-probabilities [M].
+        """
+        index, targets = score_rows
+        if self.transform is None:
+            output = self._own_forward(*args, use_cache=False, **kwargs)
+            rows = output.logits.flatten(0, 1).index_select(0, index)
+            logps = torch.log_softmax(rows.float(), dim=-1)
+            return logps.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+        output = _backbone(self.causal_lm)(*args, use_cache=False, **_for_backbone(kwargs))
+        rows = output.last_hidden_state.flatten(0, 1).index_select(0, index)
+        linear = _plain_linear(self.causal_lm.get_output_embeddings())
+        assert linear is not None, "verify() has seen a plain head"
+        return fused_linear_logprobs(
+            rows,
+            linear.weight,
+            targets,
+            bias=linear.bias,
+            logit_scale=self.transform.logit_scale,
+            softcap=self.transform.softcap,
+            backend=self.backend,
+            workspace_bytes=self.workspace_bytes,
+        )
+
+    def detach(self) -> None:
+        """Give the model its own forward back."""
+        if self.causal_lm.__dict__.get("_lite_orpo_head") is self:
+            del self.causal_lm._lite_orpo_head
+            del self.causal_lm.forward
+
+
+def attach_scored_head(model: nn.Module, *, backend: str, workspace_bytes: int) -> ScoredHead:
+    """Teach the innermost CausalLM of `model` the argument `score_rows`.
+
+    Args:
+        model: a transformers CausalLM, maybe wrapped by PEFT.
+        backend: backend of `fused_linear_logprobs`.
+        workspace_bytes: its workspace.
+
+    Returns:
+        The attached head; call `verify()` when the model is on its device.
+    """
+    causal_lm = innermost_causal_lm(model)
+    previous = causal_lm.__dict__.get("_lite_orpo_head")
+    if previous is not None:
+        previous.detach()
+    head = ScoredHead(causal_lm, backend, workspace_bytes)
+    own_forward = causal_lm.forward
+
+    @functools.wraps(own_forward)
+    def forward(
+        self: nn.Module, *args: Any, score_rows: tuple[Tensor, Tensor] | None = None, **kwargs: Any
+    ) -> Any:
+        if score_rows is None:
+            return own_forward(*args, **kwargs)
+        return head.log_probs(score_rows, args, kwargs)
+
+    causal_lm.forward = types.MethodType(forward, causal_lm)
+    object.__setattr__(causal_lm, "_lite_orpo_head", head)
+    return head
+
+
+def innermost_causal_lm(model: nn.Module) -> nn.Module:
+    """The transformers CausalLM inside a PEFT wrapper, or the model itself."""
+    get_base_model = getattr(model, "get_base_model", None)
+    return get_base_model() if callable(get_base_model) else model
+
+
+def _backbone(causal_lm: nn.Module) -> Any:
+    return getattr(causal_lm, str(getattr(causal_lm, "base_model_prefix", "")), causal_lm)
+
+
+def _for_backbone(kwargs: dict[str, Any]) -> dict[str, Any]:
+    # PEFT passes these to every CausalLM; a backbone does not know them.
+    return {k: v for k, v in kwargs.items() if k not in ("labels", "logits_to_keep", "return_dict")}
+
+
+def _plain_linear(head: Any) -> nn.Linear | None:
+    """The linear layer that a head computes with, or None if it is more than one product."""
+    if hasattr(head, "modules_to_save") and hasattr(head, "original_module"):
+        # PEFT keeps two copies; which one counts changes when the adapter is switched off.
+        if head.disable_adapters or not head.active_adapters:
+            return _plain_linear(head.original_module)
+        return _plain_linear(head.modules_to_save[head.active_adapters[0]])
+    is_plain = isinstance(head, nn.Linear) and head.weight.is_floating_point()
+    return head if is_plain else None
+
+
+def _candidates(config: Any) -> Iterator[HeadTransform]:
+    """Transforms that a configuration may mean, the likeliest first."""
+    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    softcap = getattr(text_config, "final_logit_softcapping", None)
+    scales = [1.0]
+    for name in ("logit_scale", "lm_head_multiplier"):
+        if getattr(text_config, name, None) is not None:
+            scales.insert(0, float(getattr(text_config, name)))
+    scaling = getattr(text_config, "logits_scaling", None)
+    if scaling:
+        # Granite divides by it, HyperCLOVA X multiplies.
+        scales[:0] = [1.0 / float(scaling), float(scaling)]
+    for scale in scales:
+        yield HeadTransform(scale, softcap)
+        if softcap is not None:
+            yield HeadTransform(scale, None)
+
+
+class _Probe(NamedTuple):
+    head_input: Tensor  # what the model feeds its head
+    hidden: Tensor  # what its backbone returns
+    rows: Tensor  # what we fed the head instead
+    logits: Tensor  # what came out at the model's end
+
+
+@torch.no_grad()
+def _find_transform(
+    causal_lm: nn.Module, own_forward: Callable[..., Any]
+) -> tuple[HeadTransform | None, str]:
+    get_head = getattr(causal_lm, "get_output_embeddings", None)
+    linear = _plain_linear(get_head()) if callable(get_head) else None
+    if linear is None:
+        return None, "its output head is no plain linear layer"
+    if _backbone(causal_lm) is causal_lm:
+        return None, "its backbone is not known"
+    was_training = causal_lm.training
+    causal_lm.eval()
+    try:
+        probe = _probe(causal_lm, own_forward, linear)
+    finally:
+        causal_lm.train(was_training)
+    if probe is None:
+        return None, "its head is not called in its forward pass"
+    # Rounding of the dtype, with room for a different order of summation.
+    tolerance = 16 * torch.finfo(linear.weight.dtype).eps
+    if not _close(probe.head_input, probe.hidden, tolerance):
+        return None, "its head does not get the backbone's output as it is"
+    product = F.linear(probe.rows, linear.weight, linear.bias).float()
+    for transform in _candidates(causal_lm.config):
+        if _close(transform.apply(product), probe.logits.float(), tolerance):
+            return transform, ""
+    return None, "its logits are changed in a way that is not known here"
+
+
+def _probe(
+    causal_lm: nn.Module, own_forward: Callable[..., Any], linear: nn.Linear
+) -> _Probe | None:
+    device = linear.weight.device
+    tokens = torch.arange(4, device=device).unsqueeze(0) % linear.weight.shape[0]
+    seen: dict[str, Tensor] = {}
+
+    def swap_input(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+        seen["head_input"] = inputs[0]
+        natural = F.linear(inputs[0], linear.weight, linear.bias).float().abs().max()
+        seen["rows"] = inputs[0] * (PROBE_LOGIT_RANGE / natural.clamp_min(1e-6)).to(inputs[0].dtype)
+        return (seen["rows"],)
+
+    handle = causal_lm.get_output_embeddings().register_forward_pre_hook(swap_input)
+    try:
+        logits = own_forward(input_ids=tokens, use_cache=False).logits
+    finally:
+        handle.remove()
+    if not seen:
+        return None
+    hidden = _backbone(causal_lm)(input_ids=tokens, use_cache=False).last_hidden_state
+    return _Probe(seen["head_input"], hidden, seen["rows"], logits)
+
+
+def _close(left: Tensor, right: Tensor, tolerance: float) -> bool:
+    if left.shape != right.shape:
+        return False
+    scale = right.float().abs().max().clamp_min(1e-6)
+    return bool((left.float() - right.float()).abs().max() <= tolerance * scale)

@@ -1,0 +1,126 @@
+"""Loading the base model and its tokenizer, in the dtype that the device truly has."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config.options import ModelOptions
+from ..config.orpo_config import gpu_has_bf16
+from ..errors import HubError, ModelError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def weight_dtype(name: str, device: torch.device, *, trains_all_weights: bool) -> torch.dtype:
+    """Resolve the option `dtype`.
+
+    Args:
+        name: "auto" or a name of `DTYPES`.
+        device: where the model will be.
+        trains_all_weights: then "auto" keeps fp32 master weights; autocast computes in half.
+
+    Returns:
+        bf16 on GPUs that have it, fp16 on other CUDA GPUs, fp32 elsewhere.
+
+    Raises:
+        ModelError: the name is unknown.
+    """
+    if name in DTYPES:
+        return DTYPES[name]
+    if name != "auto":
+        raise ModelError(f"dtype must be auto, {', '.join(DTYPES)}; found {name!r}")
+    if trains_all_weights or device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if gpu_has_bf16() else torch.float16
+
+
+def load_model(options: ModelOptions, device: torch.device, *, trains_all_weights: bool) -> Any:
+    """Load the base model onto the CPU; the trainer moves it.
+
+    Raises:
+        ModelError: no such folder, no causal language model, or an unknown dtype.
+        HubError: the name is no folder and the hub does not give it.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    name = _required_name(options)
+    extra: dict[str, Any] = {}
+    if options.attn_implementation is not None:
+        extra["attn_implementation"] = options.attn_implementation
+    dtype = weight_dtype(options.dtype, device, trains_all_weights=trains_all_weights)
+    with _loading(name, "model"):
+        config = AutoConfig.from_pretrained(
+            name, revision=options.model_revision, trust_remote_code=options.trust_remote_code
+        )
+        refuse_encoder_decoder(config, name)
+        return AutoModelForCausalLM.from_pretrained(
+            name,
+            config=config,
+            revision=options.model_revision,
+            trust_remote_code=options.trust_remote_code,
+            dtype=dtype,
+            **extra,
+        )
+
+
+def load_tokenizer(options: ModelOptions) -> Any:
+    """Load the tokenizer, with the chat template from `chat_template_path` where one is given.
+
+    Raises:
+        ModelError: no such folder or template file.
+        HubError: the name is no folder and the hub does not give it.
+    """
+    from transformers import AutoTokenizer
+
+    name = _required_name(options)
+    with _loading(name, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, revision=options.model_revision, trust_remote_code=options.trust_remote_code
+        )
+    if options.chat_template_path is not None:
+        path = Path(options.chat_template_path)
+        if not path.is_file():
+            raise ModelError(f"chat_template_path: {path}: no such file")
+        tokenizer.chat_template = path.read_text(encoding="utf-8")
+    return tokenizer
+
+
+def refuse_encoder_decoder(config: Any, name: str) -> None:
+    """Raise a ModelError for encoder-decoder models, which ORPO here does not train."""
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"{name} is an encoder-decoder model ({config.model_type}); "
+            "lite-orpo trains decoder-only causal language models"
+        )
+
+
+def _required_name(options: ModelOptions) -> str:
+    if options.model_name_or_path is None:
+        raise ModelError("model_name_or_path is not set; give a folder or a name on the hub")
+    name = options.model_name_or_path
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
+    path = Path(name).expanduser()
+    if looks_local and not path.is_dir():
+        raise ModelError(f"model_name_or_path: {name}: no such folder")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ModelError(f"model_name_or_path: {name}: the folder has no config.json")
+    return str(path) if path.is_dir() else name
+
+
+@contextlib.contextmanager
+def _loading(name: str, what: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        if isinstance(error, (ModelError, HubError)):
+            raise
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        if Path(name).is_dir():
+            raise ModelError(f"{name}: the {what} cannot be loaded: {lines[0]}") from error
+        raise HubError(
+            f"{what} {name!r} is no local folder, and the hub did not give it ({lines[0]}); "
+            "check the name and the network, or give a local folder"
+        ) from error

@@ -1,0 +1,95 @@
+"""What `ORPOTrainer` arranges before its first step: launch, tokenizer, model and adapter.
+
+Each function refuses, in one line, what would otherwise train silently wrong.
+"""
+
+from typing import Any
+
+from .config.options import ModelOptions
+from .config.orpo_config import ORPOConfig
+from .data.preparation import LengthRule, PreparedPairs, prepare_pairs
+from .data.sources import RowSource
+from .errors import ConfigError, ModelError
+from .model.adapter import disable_dropout, wrap_with_adapter
+from .model.head import innermost_causal_lm
+from .model.load import load_model, load_tokenizer, refuse_encoder_decoder
+
+
+def check_launch(args: Any) -> None:
+    """Refuse arguments of another trainer, and several GPUs without a launcher.
+
+    Raises:
+        ConfigError: see above.
+    """
+    if not isinstance(args, ORPOConfig):
+        raise ConfigError(f"args must be a lite_orpo.ORPOConfig, found {type(args).__name__}")
+    if args.n_gpu > 1:
+        raise ConfigError(
+            f"{args.n_gpu} GPUs are visible but the run was not launched for them; start it with "
+            f"`accelerate launch --num_processes {args.n_gpu} ...`, or set CUDA_VISIBLE_DEVICES=0"
+        )
+
+
+def resolve_tokenizer(model: Any, processing_class: Any, tokenizer: Any) -> Any:
+    """The tokenizer that was given under either name, or the model's own.
+
+    Raises:
+        ConfigError: two different ones were given.
+        ModelError: none was given and none is known to belong to the model.
+    """
+    if processing_class is not None and tokenizer is not None and processing_class is not tokenizer:
+        raise ConfigError("processing_class and tokenizer are both set, to different tokenizers")
+    given = processing_class if processing_class is not None else tokenizer
+    if given is not None:
+        return given
+    name = (
+        model if isinstance(model, str) else getattr(innermost_causal_lm(model), "name_or_path", "")
+    )
+    if not name:
+        raise ModelError("the model does not name its tokenizer; pass processing_class")
+    return load_tokenizer(ModelOptions(model_name_or_path=name))
+
+
+def pad_token_id(tokenizer: Any) -> int:
+    """A token to fill rows with; it is masked and never scored, so any will do."""
+    for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token_id is not None:
+            return int(token_id)
+    return 0
+
+
+def prepare_model(model: Any, args: ORPOConfig, peft_config: Any) -> Any:
+    """Load, check and wrap the model.
+
+    Raises:
+        ModelError: the model cannot be trained here, or the adapter does not fit it.
+    """
+    if model is None:
+        raise ModelError("ORPOTrainer needs a model: a CausalLM or a name to load one by")
+    if isinstance(model, str):
+        options = ModelOptions(model_name_or_path=model)
+        model = load_model(options, args.device, trains_all_weights=peft_config is None)
+    causal_lm = innermost_causal_lm(model)
+    config = getattr(causal_lm, "config", None)
+    refuse_encoder_decoder(config, type(causal_lm).__name__)
+    if getattr(config, "output_router_logits", False):
+        raise ModelError(
+            "the model's config asks for the router's auxiliary loss (output_router_logits), "
+            "which is not part of the loss here; set it to false"
+        )
+    if args.disable_dropout and causal_lm is model:
+        disable_dropout(model)
+    if peft_config is not None:
+        model = wrap_with_adapter(model, peft_config)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ModelError("no parameter of the model is trainable; pass a peft_config")
+    if args.gradient_checkpointing and hasattr(model, "enable_input_require_grads"):
+        # A frozen embedding cuts the graph in front of the first checkpoint.
+        model.enable_input_require_grads()
+    return model
+
+
+def prepare_dataset(source: RowSource, tokenizer: Any, args: ORPOConfig) -> PreparedPairs:
+    """Tokenise a source under the rules of the configuration."""
+    rule = LengthRule(args.max_length, args.overlong_rows)
+    return prepare_pairs(source, tokenizer, rule, args.on_bad_row)

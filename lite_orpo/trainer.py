@@ -1,0 +1,294 @@
+"""ORPOTrainer: a transformers.Trainer whose optimiser step is planned and owned here.
+
+The loop, the schedule, saving, callbacks and launching are transformers' and accelerate's. Ours
+is what makes a step: the pairs of the whole optimiser step are planned into row batches, each is
+scored through the head seam, and the loss is normalised by the tokens and pairs of the whole
+step over all ranks, so that its gradient does not depend on how the step was cut. Preparing
+the model is in `setup.py`, rows in `data/`, the formula in `loss.py`.
+"""
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+from transformers.trainer import TRAINING_ARGS_NAME
+
+from .config.orpo_config import ORPOConfig
+from .data.sources import RowSource, dataset_source
+from .data.step_plan import Pair, RowBatch, RowPlanner, StepPlan
+from .errors import DataError
+from .loss import orpo_loss
+from .metrics import LossScale, empty_parts, loss_parts, named_metrics, total_loss
+from .model.head import attach_scored_head
+from .setup import (
+    check_launch,
+    pad_token_id,
+    prepare_dataset,
+    prepare_model,
+    resolve_tokenizer,
+)
+
+
+def _collate_pairs(features: list[Pair]) -> dict[str, list[Pair]]:
+    return {"pairs": features}
+
+
+class ORPOTrainer(Trainer):
+    """Trains a causal language model on preference pairs by ORPO (arXiv 2403.07691).
+
+    Args:
+        model: a transformers CausalLM, one that PEFT has wrapped, or a name to load.
+        args: an `ORPOConfig`; default settings if None.
+        train_dataset: rows with `prompt`, `chosen`, `rejected` (text or message lists, the
+            prompt may be implicit in message lists): a `datasets.Dataset`, a list of mappings,
+            any map-style data set, or a `RowSource`.
+        eval_dataset: the same, or a mapping of names to such.
+        processing_class: the tokenizer; default: the one that belongs to the model.
+        peft_config: put this adapter on the model. Without it, and without an adapter on the
+            model already, the whole model trains.
+        callbacks: transformers callbacks.
+        optimizers: optimizer and scheduler to use instead of the configured ones.
+        tokenizer: older name of `processing_class`.
+
+    Raises:
+        ModelError: the model, tokenizer or adapter cannot be trained this way.
+        DataError: the rows cannot be used; the message says which and why.
+    """
+
+    _tag_names = ["lite-orpo", "orpo"]
+
+    def __init__(
+        self,
+        model: Any = None,
+        args: ORPOConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        peft_config: Any = None,
+        callbacks: list[Any] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        *,
+        tokenizer: Any = None,
+    ) -> None:
+        args = ORPOConfig() if args is None else args
+        check_launch(args)
+        tokenizer = resolve_tokenizer(model, processing_class, tokenizer)
+        model = prepare_model(model, args, peft_config)
+        self.data_reports: list[Any] = []
+        self._planner = RowPlanner(
+            pad_token_id(tokenizer), args.nll_tokens, args.per_device_train_batch_size
+        )
+        self._scale = LossScale(args.odds_ratio_weight, args.odds_ratio_temperature)
+        self.head = attach_scored_head(
+            model, backend=args.loss_backend, workspace_bytes=args.loss_workspace_mib * 2**20
+        )
+        self.processing_class = tokenizer
+        self.args = args
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=_collate_pairs,
+            train_dataset=self._prepared("train_dataset", train_dataset),
+            eval_dataset=self._prepared_eval(eval_dataset),
+            processing_class=tokenizer,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self.head.verify()
+        if hasattr(self.model, "add_model_tags"):
+            self.model.add_model_tags(self._tag_names)
+        self._train_parts = empty_parts(self.args.device)
+        self._train_steps = 0
+        self._train_tokens = 0
+        self._train_seconds = 0.0
+        self._eval_parts = empty_parts(self.args.device)
+        self._eval_counts = torch.zeros(2, device=self.args.device)
+
+    # ---- data ----
+
+    def _prepared(self, name: str, dataset: Any) -> Any:
+        if dataset is None:
+            return None
+        source = dataset if isinstance(dataset, RowSource) else dataset_source(name, dataset)
+        prepared = prepare_dataset(source, self.processing_class, self.args)
+        self.data_reports.append(prepared.report)
+        return prepared.dataset
+
+    def _prepared_eval(self, dataset: Any) -> Any:
+        if isinstance(dataset, Mapping) and not hasattr(dataset, "column_names"):
+            return {k: self._prepared(f"eval_dataset[{k!r}]", v) for k, v in dataset.items()}
+        return self._prepared("eval_dataset", dataset)
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Evaluate on the held-out pairs, or on other raw rows given here.
+
+        Returns:
+            `eval_loss` and TRL's metrics with the prefix, exact over the set: for any batch
+            size and number of ranks, each token and each pair counts once.
+        """
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            eval_dataset = self._prepared_eval(eval_dataset)
+        elif eval_dataset is None and self.eval_dataset is None:
+            raise DataError("evaluate() needs held-out pairs: give the trainer an eval_dataset")
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    # ---- the step ----
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], None]:
+        """Fetch the pairs of one optimiser step and plan their rows.
+
+        Trainer expects as many entries as it asked for; the last one carries the whole step.
+        """
+        pairs: list[Pair] = []
+        repeats: list[Pair] = []
+        fetched = 0
+        for _ in range(num_batches):
+            batch = next(epoch_iterator, None)
+            if batch is None:
+                break
+            fetched += 1
+            own = self._own_pair_count(len(batch["pairs"]))
+            pairs += batch["pairs"][:own]
+            repeats += batch["pairs"][own:]
+        if fetched == 0:
+            return [], None
+        counts = torch.tensor([self._planner.count_nll_tokens(pairs), len(pairs)], device=device)
+        nll_tokens, pair_count = self.accelerator.reduce(counts, reduction="sum").tolist()
+        rows = self._planner.plan(pairs, repeats)
+        return [{}] * (fetched - 1) + [{"step": StepPlan(rows, nll_tokens, pair_count)}], None
+
+    def _own_pair_count(self, fetched: int) -> int:
+        """How many of a batch's pairs are not repeats that even out the ranks' last batch."""
+        state = self.accelerator.gradient_state
+        if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return fetched
+        before = self.args.process_index * fetched
+        return min(max(state.remainder - before, 0), fetched)
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> Tensor:
+        """Forward and backward of one optimiser step's rows; entries without a step do nothing."""
+        if "step" not in inputs:
+            return torch.zeros((), device=self.args.device)
+        started = time.perf_counter()
+        model.train()
+        if callable(getattr(self.optimizer, "train", None)):
+            self.optimizer.train()
+        step: StepPlan = inputs["step"]
+        total = torch.zeros((), device=self.args.device)
+        for number, row in enumerate(step.rows):
+            is_last = number == len(step.rows) - 1
+            with nullcontext() if is_last else self.accelerator.no_sync(model):
+                with self.compute_loss_context_manager():
+                    loss, parts = self._score(model, row, step.nll_tokens, step.pairs)
+                # DDP averages over ranks, but each rank's loss is already its share of the sum.
+                self.accelerator.backward(loss * self.args.world_size)
+            total += loss.detach()
+            self._train_parts += parts
+            self._train_tokens += row.tokens
+        self._train_steps += 1
+        self._train_seconds += time.perf_counter() - started
+        return total * self.args.world_size
+
+    def _score(
+        self, model: nn.Module, row: RowBatch, nll_tokens: float, pairs: float
+    ) -> tuple[Tensor, Tensor]:
+        """The loss of one row batch and its reported parts, over the given normalisers."""
+        row = row.to(self.args.device)
+        logps = model(
+            input_ids=row.input_ids,
+            attention_mask=row.attention_mask,
+            score_rows=(row.score_index, row.targets),
+        )
+        loss = orpo_loss(
+            logps,
+            row.completion_ids,
+            row.nll_mask,
+            pair_count=row.pair_count,
+            alpha=self._scale.weight,
+            temperature=self._scale.temperature,
+            pair_normalizer=pairs,
+            nll_normalizer=nll_tokens,
+        )
+        return loss.loss, loss_parts(loss, pairs)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """6 x tokens x parameters for a planned step (the estimate that Trainer uses)."""
+        if "step" not in inputs:
+            return 0
+        tokens = sum(row.tokens for row in inputs["step"].rows)
+        return 6 * tokens * self.model.num_parameters(exclude_embeddings=True)
+
+    # ---- evaluation ----
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, None, None]:
+        """Add one batch's sums; the figures are made when the whole set is through."""
+        own = self._own_pair_count(len(inputs["pairs"]))
+        pairs = inputs["pairs"][:own]
+        planner = self._planner._replace(pairs_per_row_batch=self.args.per_device_eval_batch_size)
+        for row in planner.plan(pairs):
+            with torch.no_grad(), self.compute_loss_context_manager():
+                _, parts = self._score(model, row, nll_tokens=1.0, pairs=1.0)
+            self._eval_parts += parts
+        counts = [planner.count_nll_tokens(pairs), len(pairs)]
+        self._eval_counts += torch.tensor(counts, device=self._eval_counts.device)
+        # Trainer wants a batch loss; ours for the set replaces its mean of means below.
+        return torch.zeros((), device=self.args.device), None, None
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """Trainer's loop, with the exact figures of the whole set put in."""
+        self._eval_parts.zero_()
+        # fp64 where there is any: counts beyond 2^24 must stay exact.
+        self._eval_counts = empty_parts(self.args.device)[:2]
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        parts = self.accelerator.reduce(self._eval_parts, reduction="sum")
+        tokens, pairs = self.accelerator.reduce(self._eval_counts, reduction="sum").tolist()
+        divisors = [max(tokens, 1.0)] + [max(pairs, 1.0)] * (len(parts) - 1)
+        averages = [part / divisor for part, divisor in zip(parts.tolist(), divisors, strict=True)]
+        metrics = {"loss": total_loss(averages, self._scale)}
+        metrics.update(named_metrics(averages, self._scale))
+        output.metrics.update({f"{metric_key_prefix}_{k}": v for k, v in metrics.items()})
+        return output
+
+    # ---- reporting and saving ----
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the metrics of the steps since the last log line."""
+        if "loss" in logs and self._train_steps:
+            parts = self.accelerator.reduce(self._train_parts, reduction="sum")
+            averages = (parts / self._train_steps).tolist()
+            logs.update(named_metrics(averages, self._scale))
+            local = torch.tensor(
+                float(self._train_tokens), dtype=torch.float32, device=self.args.device
+            )
+            tokens = float(self.accelerator.reduce(local, reduction="sum"))
+            logs["lite_orpo/tokens_per_second"] = tokens / max(self._train_seconds, 1e-9)
+            self._train_parts.zero_()
+            self._train_steps = self._train_tokens = 0
+            self._train_seconds = 0.0
+        super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Save model and tokenizer, without Trainer's pickled arguments (they hold the token)."""
+        super()._save(output_dir, state_dict)
+        folder = Path(output_dir if output_dir is not None else self.args.output_dir)
+        (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
