@@ -4,7 +4,7 @@ Plain dataclasses with TRL's flat names, importable without torch, so that `--he
 answer at once. Training arguments are in `orpo_config.py`.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 
@@ -67,6 +67,28 @@ class ReportOptions:
     sample_prompts: int = _option(3, "held-out prompts answered before and after; 0 turns it off")
     sample_max_new_tokens: int = _option(64, "length of those answers in tokens")
     save_plots: bool = _option(True, "write curves.png into the output folder")
+    overwrite_output_dir: bool = _option(False, "let a new run replace an older one there")
 
 
 OPTION_GROUPS: tuple[type[Any], ...] = (ModelOptions, LoraOptions, DataOptions, ReportOptions)
+
+# Training arguments worth naming in `--help`, which cannot import them (that takes seconds).
+COMMON_TRAINING_KEYS = {
+    "output_dir": "where adapter, metrics and curves go",
+    "beta": "weight of the odds-ratio term (or orpo_alpha and orpo_beta); default 0.1",
+    "max_length": "most tokens of prompt + completion; default 1024",
+    "overlong_rows": "rows over max_length: drop or cut_prompt",
+    "on_bad_row": "rows that cannot be trained on: drop or error",
+    "learning_rate": "peak learning rate; default 5e-5",
+    "num_train_epochs": "passes over the data; or max_steps",
+    "per_device_train_batch_size": "pairs at a time",
+    "gradient_accumulation_steps": "batches per optimiser step",
+    "eval_strategy": "no, steps or epoch",
+    "seed": "default 42",
+}
+
+
+def common_keys() -> list[tuple[str, str]]:
+    """Names and one-line texts of the keys that most runs set."""
+    own = [(f.name, f.metadata["help"]) for group in OPTION_GROUPS for f in fields(group)]
+    return own + list(COMMON_TRAINING_KEYS.items())

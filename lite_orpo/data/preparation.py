@@ -6,7 +6,9 @@ memory does not grow with the data (without `datasets` they stay in a list).
 """
 
 import logging
+import shutil
 import tempfile
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -209,19 +211,23 @@ def _map_from_disk(records: Iterator[dict[str, Any]]) -> Any:
             ("row", pa.int64()),
         ]
     )
-    folder = tempfile.TemporaryDirectory(prefix="lite-orpo-", ignore_cleanup_errors=True)
-    path = f"{folder.name}/pairs.arrow"
-    with pa.OSFile(path, "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-        batch: list[dict[str, Any]] = []
-        for record in records:
-            batch.append(record)
-            if len(batch) == 1000:
-                writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
-                batch = []
-        writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
-    dataset = datasets.Dataset.from_file(path)
+    folder = tempfile.mkdtemp(prefix="lite-orpo-")
+    path = f"{folder}/pairs.arrow"
+    try:
+        with pa.OSFile(path, "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+            batch: list[dict[str, Any]] = []
+            for record in records:
+                batch.append(record)
+                if len(batch) == 1000:
+                    writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
+                    batch = []
+            writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
+        dataset = datasets.Dataset.from_file(path)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
     # The folder goes when the data set does.
-    dataset._lite_orpo_folder = folder
+    weakref.finalize(dataset, shutil.rmtree, folder, ignore_errors=True)
     return dataset
 
 

@@ -37,8 +37,14 @@ class RowBatch(NamedTuple):
 
     def to(self, device: torch.device) -> "RowBatch":
         """The same batch on another device."""
-        moved = [v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for v in self]
-        return RowBatch(*moved)
+        return self._replace(
+            input_ids=self.input_ids.to(device),
+            attention_mask=self.attention_mask.to(device),
+            score_index=self.score_index.to(device),
+            targets=self.targets.to(device),
+            completion_ids=self.completion_ids.to(device),
+            nll_mask=self.nll_mask.to(device),
+        )
 
 
 class StepPlan(NamedTuple):

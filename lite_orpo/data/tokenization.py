@@ -62,10 +62,12 @@ def tokenize_pair(row: PreferenceRow, tokenizer: Tokenizer) -> TokenizedPair:
 
 def special_texts_in(row: PreferenceRow, tokenizer: Tokenizer) -> list[str]:
     """Special tokens that stand as text in the row's own content, and would be read as such."""
-    contents = []
+    contents: list[str] = []
     for value in row:
-        messages = [{"content": value}] if isinstance(value, str) else value
-        contents.extend(message["content"] for message in messages)
+        if isinstance(value, str):
+            contents.append(value)
+        else:
+            contents.extend(message["content"] for message in value)
     return [
         token for token in tokenizer.all_special_tokens if any(token in text for text in contents)
     ]

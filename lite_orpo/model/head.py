@@ -48,7 +48,7 @@ class HeadTransform(NamedTuple):
 class ScoredHead:
     """The state of one attached head: how it computes, and how to take it off again."""
 
-    def __init__(self, causal_lm: nn.Module, backend: str, workspace_bytes: int) -> None:
+    def __init__(self, causal_lm: Any, backend: str, workspace_bytes: int) -> None:
         self.causal_lm = causal_lm
         self.backend = backend
         self.workspace_bytes = workspace_bytes
@@ -118,7 +118,7 @@ class ScoredHead:
             del self.causal_lm.forward
 
 
-def attach_scored_head(model: nn.Module, *, backend: str, workspace_bytes: int) -> ScoredHead:
+def attach_scored_head(model: Any, *, backend: str, workspace_bytes: int) -> ScoredHead:
     """Teach the innermost CausalLM of `model` the argument `score_rows`.
 
     Args:
@@ -149,13 +149,13 @@ def attach_scored_head(model: nn.Module, *, backend: str, workspace_bytes: int) 
     return head
 
 
-def innermost_causal_lm(model: nn.Module) -> nn.Module:
+def innermost_causal_lm(model: Any) -> Any:
     """The transformers CausalLM inside a PEFT wrapper, or the model itself."""
     get_base_model = getattr(model, "get_base_model", None)
     return get_base_model() if callable(get_base_model) else model
 
 
-def _backbone(causal_lm: nn.Module) -> Any:
+def _backbone(causal_lm: Any) -> Any:
     return getattr(causal_lm, str(getattr(causal_lm, "base_model_prefix", "")), causal_lm)
 
 
@@ -202,7 +202,7 @@ class _Probe(NamedTuple):
 
 @torch.no_grad()
 def _find_transform(
-    causal_lm: nn.Module, own_forward: Callable[..., Any]
+    causal_lm: Any, own_forward: Callable[..., Any]
 ) -> tuple[HeadTransform | None, str]:
     get_head = getattr(causal_lm, "get_output_embeddings", None)
     linear = _plain_linear(get_head()) if callable(get_head) else None
@@ -229,9 +229,7 @@ def _find_transform(
     return None, "its logits are changed in a way that is not known here"
 
 
-def _probe(
-    causal_lm: nn.Module, own_forward: Callable[..., Any], linear: nn.Linear
-) -> _Probe | None:
+def _probe(causal_lm: Any, own_forward: Callable[..., Any], linear: nn.Linear) -> _Probe | None:
     device = linear.weight.device
     tokens = torch.arange(4, device=device).unsqueeze(0) % linear.weight.shape[0]
     seen: dict[str, Tensor] = {}

@@ -1,0 +1,77 @@
+"""Entry point of `lite-orpo`: names the commands, and turns a user's mistake into one line.
+
+Each command's module is imported when that command runs; torch and transformers take seconds.
+"""
+
+import sys
+from pathlib import Path
+
+import typer
+
+from ..config.options import common_keys
+from ..errors import UserError
+
+app = typer.Typer(
+    name="lite-orpo",
+    help="Preference training by ORPO: a base model and a file of pairs in, a LoRA adapter out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+_ANY_KEY = {"allow_extra_args": True, "ignore_unknown_options": True}
+_TRAIN_EPILOG = (
+    "Common keys (any key of transformers.TrainingArguments works too):\n\n"
+    + "\n\n".join(f"[bold]{name}[/bold]  {text}" for name, text in common_keys())
+)
+
+
+@app.command(context_settings=_ANY_KEY, epilog=_TRAIN_EPILOG)
+def train(
+    arguments: list[str] = typer.Argument(
+        None,
+        metavar="CONFIG.yaml [key=value | --key value]...",
+        help="the configuration, then settings that override it",
+        show_default=False,
+    ),
+    config: Path | None = typer.Option(None, "--config", help="the configuration, as an option"),
+) -> None:
+    """Train on preference pairs, as a YAML configuration says."""
+    from .overrides import split_arguments
+    from .train import run_training
+
+    path, overrides = split_arguments(arguments or [], config)
+    run_training(path, overrides)
+
+
+@app.command()
+def init(
+    path: Path = typer.Argument(Path("config.yaml"), help="the file to write"),
+    force: bool = typer.Option(False, "--force", help="replace an existing file"),
+) -> None:
+    """Write a commented configuration to start from."""
+    from .init import write_template
+
+    write_template(path, force=force)
+
+
+@app.command()
+def env() -> None:
+    """Show versions, devices, and which kernel backend would run and why."""
+    from .env import show_environment
+
+    show_environment()
+
+
+def run() -> None:
+    """Run the command line; exit 2 with one line where the user can mend what is wrong."""
+    try:
+        app()
+    except UserError as error:
+        print(f"lite-orpo: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,54 @@
+"""Settings given on the command line: `key=value`, `--key value`, `--key=value`, `--flag`."""
+
+from pathlib import Path
+
+from ..config.yaml_file import Setting, parse_value
+from ..errors import ConfigError
+
+WHERE = "command line"
+
+
+def split_arguments(arguments: list[str], config: Path | None) -> tuple[Path, dict[str, Setting]]:
+    """Tell the configuration file from the overrides.
+
+    Args:
+        arguments: everything after the command's name.
+        config: the file, where it was given as an option.
+
+    Returns:
+        The file and the overrides. Hyphens in keys count as underscores.
+
+    Raises:
+        ConfigError: no file or two, an option without a value, or a key given twice.
+    """
+    overrides: dict[str, Setting] = {}
+    paths = [] if config is None else [config]
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        if word.startswith("--"):
+            key, separator, text = word[2:].partition("=")
+            if not separator:
+                has_value = bool(rest) and not rest[0].startswith("--")
+                text = rest.pop(0) if has_value else "true"
+        elif "=" in word and not Path(word).is_file():
+            key, _, text = word.partition("=")
+        else:
+            paths.append(Path(word))
+            continue
+        key = key.strip().replace("-", "_")
+        if not key:
+            raise ConfigError(f"{WHERE}: {word!r} has no key; write key=value")
+        if key in overrides:
+            raise ConfigError(f"{WHERE}: {key} is given twice")
+        overrides[key] = Setting(parse_value(text), WHERE)
+    if not paths:
+        raise ConfigError(
+            f"{WHERE}: no configuration file; `lite-orpo init` writes one, then "
+            "`lite-orpo train config.yaml`"
+        )
+    if len(paths) > 1:
+        raise ConfigError(
+            f"{WHERE}: {str(paths[1])!r} is neither key=value nor the configuration ({paths[0]} is)"
+        )
+    return paths[0], overrides

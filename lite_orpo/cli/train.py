@@ -1,0 +1,250 @@
+"""`lite-orpo train`: from a configuration to an adapter, and what a person reads on the way.
+
+Order of a run: check everything that can be checked without a model, load, evaluate the base
+model, train, evaluate again, answer a few held-out prompts with the adapter off and on, save.
+"""
+
+import logging
+import os
+import time
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+
+from ..config.run_config import RunConfig, load_run_config
+from ..config.yaml_file import Setting, write_settings
+from ..data.sources import RowSource, open_source
+from ..errors import ConfigError, DataError
+from ..model.adapter import adapter_switched_off, lora_config, trainable_parameters
+from ..model.load import load_model, load_tokenizer
+from ..report.card import write_card
+from ..report.curves import draw_curves
+from ..report.metrics_file import MetricsFile, read_metrics
+from ..report.progress import TrainingProgress
+from ..report.samples import Answered, Sample, answer, pick_samples
+from ..trainer import ORPOTrainer
+from .train_output import print_outcome, print_samples, print_start, print_usage
+
+METRICS_FILE = "metrics.jsonl"
+CURVES_FILE = "curves.png"
+CONFIG_FILE = "config.resolved.yaml"
+FINISHED_MARKS = ("adapter_model.safetensors", "model.safetensors", METRICS_FILE)
+
+
+class _Sources(NamedTuple):
+    train: RowSource
+    held_out: RowSource | None
+
+
+def run_training(path: Path, overrides: dict[str, Setting]) -> None:
+    """Run a training as the configuration says.
+
+    Args:
+        path: the YAML file.
+        overrides: settings from the command line.
+
+    Raises:
+        UserError: anything the user can mend, in one line.
+    """
+    console = Console(quiet=int(os.environ.get("RANK", "0")) != 0)
+    _quiet_libraries(console)
+    started = time.perf_counter()
+    config = load_run_config(path, overrides)
+    sources = _open_sources(config)
+    _check_output_dir(config)
+    trainer = _build_trainer(config, sources, console)
+    output_dir = Path(config.training.output_dir)
+    if trainer.is_world_process_zero():
+        write_settings(output_dir / CONFIG_FILE, config.as_settings())
+    print_start(console, config, trainer, trainable_parameters(trainer.model))
+    has_held_out = trainer.eval_dataset is not None
+    before: dict[str, float] = {}
+    if has_held_out and config.report.eval_before_training:
+        before = trainer.evaluate()
+    samples = _samples(config, trainer, sources)
+    base_answers = _answers_before(trainer, config, samples)
+    trainer.train(resume_from_checkpoint=config.training.resume_from_checkpoint)
+    after = _held_out_metrics(trainer) if has_held_out else {}
+    trainer.save_model()
+    trainer.save_state()
+    answered = _answers_after(trainer, config, samples, base_answers)
+    if trainer.is_world_process_zero():
+        _write_report(config, output_dir, before, after)
+    print_samples(console, answered)
+    print_outcome(console, before, after, time.perf_counter() - started)
+    print_usage(console, config, output_dir, METRICS_FILE, CURVES_FILE)
+
+
+def _quiet_libraries(console: Console) -> None:
+    """Let our own lines be seen: libraries speak only of what is wrong."""
+    import datasets
+    import transformers
+    from rich.logging import RichHandler
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    # Notices from one library to another about names that change; nothing a user can mend.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    handler = RichHandler(console=console, show_time=False, show_path=False, show_level=True)
+    logger = logging.getLogger("lite_orpo")
+    logger.handlers = [handler]
+    logger.propagate = False
+
+
+def _open_sources(config: RunConfig) -> _Sources:
+    data = config.data
+    if data.dataset_name is None:
+        raise ConfigError("dataset_name is not set; give a preference file or a hub name")
+    train = open_source(
+        data.dataset_name, split=data.dataset_train_split, config_name=data.dataset_config
+    )
+    if data.eval_dataset_name is not None:
+        held_out: RowSource | None = open_source(
+            data.eval_dataset_name, split=data.dataset_test_split, config_name=data.dataset_config
+        )
+    else:
+        held_out = _test_split(config)
+    if held_out is None and config.training.eval_strategy != "no":
+        raise ConfigError(
+            f"eval_strategy is {config.training.eval_strategy.value}, but there are no held-out "
+            "pairs; set eval_dataset_name, or eval_strategy: no"
+        )
+    return _Sources(train, held_out)
+
+
+def _test_split(config: RunConfig) -> RowSource | None:
+    name = str(config.data.dataset_name)
+    if Path(name).is_file():
+        return None
+    try:
+        return open_source(
+            name, split=config.data.dataset_test_split, config_name=config.data.dataset_config
+        )
+    except DataError:
+        # Not every folder or hub data set has the split; it was not asked for by name.
+        return None
+
+
+def _check_output_dir(config: RunConfig) -> None:
+    folder = Path(config.training.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"output_dir: {folder} is a file; name a folder")
+    # Only one rank looks: another may find what the first has just begun to write.
+    is_resumed = bool(config.training.resume_from_checkpoint)
+    if config.report.overwrite_output_dir or is_resumed or config.training.process_index != 0:
+        return
+    found = [name for name in FINISHED_MARKS if (folder / name).exists()]
+    if found:
+        raise ConfigError(
+            f"output_dir: {folder} holds an earlier run ({found[0]}); choose another folder, "
+            "set resume_from_checkpoint, or set overwrite_output_dir=true"
+        )
+
+
+def _build_trainer(config: RunConfig, sources: _Sources, console: Console) -> ORPOTrainer:
+    from transformers import PrinterCallback, set_seed
+
+    args = config.training
+    tokenizer = load_tokenizer(config.model)
+    # The adapter's first values are random: the seed comes before it, or runs differ.
+    set_seed(args.seed)
+    model = load_model(config.model, args.device, trains_all_weights=not config.lora.use_peft)
+    args.disable_tqdm = True
+    output_dir = Path(args.output_dir)
+    callbacks: list[Any] = [TrainingProgress(console)]
+    if args.process_index == 0:
+        is_resumed = bool(args.resume_from_checkpoint)
+        callbacks.append(MetricsFile(output_dir / METRICS_FILE, append=is_resumed))
+    trainer = ORPOTrainer(
+        model=model,
+        args=args,
+        train_dataset=sources.train,
+        eval_dataset=sources.held_out,
+        processing_class=tokenizer,
+        peft_config=lora_config(config.lora),
+        callbacks=callbacks,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _samples(config: RunConfig, trainer: ORPOTrainer, sources: _Sources) -> list[Sample]:
+    if sources.held_out is None or not trainer.is_world_process_zero():
+        return []
+    return pick_samples(trainer.eval_dataset, sources.held_out, config.report.sample_prompts)
+
+
+def _answers_before(trainer: ORPOTrainer, config: RunConfig, samples: list[Sample]) -> list[str]:
+    """Answers of a model that trains in full; an adapter is switched off afterwards instead."""
+    if config.lora.use_peft or not samples:
+        return []
+    return answer(
+        trainer.model, trainer.processing_class, samples, config.report.sample_max_new_tokens
+    )
+
+
+def _answers_after(
+    trainer: ORPOTrainer, config: RunConfig, samples: list[Sample], base_answers: list[str]
+) -> list[Answered]:
+    if not samples:
+        return []
+    length = config.report.sample_max_new_tokens
+    model, tokenizer = trainer.model, trainer.processing_class
+    if config.lora.use_peft:
+        with adapter_switched_off(model):
+            base_answers = answer(model, tokenizer, samples, length)
+    trained_answers = answer(model, tokenizer, samples, length)
+    return [
+        Answered(sample.text, before, after, sample.chosen)
+        for sample, before, after in zip(samples, base_answers, trained_answers, strict=True)
+    ]
+
+
+def _held_out_metrics(trainer: ORPOTrainer) -> dict[str, float]:
+    """The evaluation of the final weights; made now unless the last step made it."""
+    for line in reversed(trainer.state.log_history):
+        if line.get("step") != trainer.state.global_step:
+            break
+        if "eval_loss" in line and trainer.state.global_step > 0:
+            return dict(line)
+    return trainer.evaluate()
+
+
+def _write_report(
+    config: RunConfig, output_dir: Path, before: dict[str, float], after: dict[str, float]
+) -> None:
+    if config.report.save_plots:
+        metrics = read_metrics(output_dir / METRICS_FILE)
+        draw_curves(metrics, output_dir / CURVES_FILE, f"ORPO: {output_dir.name}")
+    args = config.training
+    settings = {
+        "odds-ratio weight (lambda)": args.odds_ratio_weight,
+        "temperature": args.odds_ratio_temperature,
+        "learning rate": args.learning_rate,
+        "schedule": args.lr_scheduler_type.value,
+        "pairs per optimiser step": args.per_device_train_batch_size
+        * args.gradient_accumulation_steps
+        * args.world_size,
+        "epochs": args.num_train_epochs if args.max_steps <= 0 else None,
+        "optimiser steps": args.max_steps if args.max_steps > 0 else None,
+        "seed": args.seed,
+    }
+    if config.lora.use_peft:
+        settings["LoRA r / alpha"] = f"{config.lora.lora_r} / {config.lora.lora_alpha}"
+    write_card(
+        output_dir / "README.md",
+        base_model=_public_name(str(config.model.model_name_or_path)),
+        data=_public_name(str(config.data.dataset_name)),
+        settings=settings,
+        before=before,
+        after=after,
+        has_adapter=config.lora.use_peft,
+    )
+
+
+def _public_name(name: str) -> str:
+    """A hub name as it is; of a local path only its last part."""
+    return Path(name).name if Path(name).exists() else name

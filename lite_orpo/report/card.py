@@ -1,0 +1,89 @@
+"""README.md of an adapter: the model card, made only of what is known about the run."""
+
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+_PACKAGES = ("lite-orpo", "torch", "transformers", "peft", "datasets", "accelerate")
+
+_CITATION = """\
+```bibtex
+@article{hong2024orpo,
+    title   = {{ORPO: Monolithic Preference Optimization without Reference Model}},
+    author  = {Jiwoo Hong and Noah Lee and James Thorne},
+    year    = 2024,
+    eprint  = {arXiv:2403.07691}
+}
+```"""
+
+
+def write_card(
+    path: Path,
+    *,
+    base_model: str,
+    data: str,
+    settings: dict[str, Any],
+    before: dict[str, float],
+    after: dict[str, float],
+    has_adapter: bool,
+) -> None:
+    """Write the card.
+
+    Args:
+        path: the file.
+        base_model: name of the base model, without a local path.
+        data: name of the training data, without a local path.
+        settings: hyperparameters worth reading.
+        before: held-out metrics of the base model; may be empty.
+        after: held-out metrics after training; may be empty.
+        has_adapter: whether the folder holds an adapter or a whole model.
+    """
+    library = "peft" if has_adapter else "transformers"
+    lines = [
+        "---",
+        f"base_model: {base_model}",
+        f"library_name: {library}",
+        "pipeline_tag: text-generation",
+        "tags: [orpo, lite-orpo, preference-alignment" + (", lora]" if has_adapter else "]"),
+        "---",
+        "",
+        f"# {base_model}, trained on preferences by ORPO",
+        "",
+        f"{'A LoRA adapter for' if has_adapter else 'A fine-tuned version of'} `{base_model}`, "
+        f"trained on the preference pairs of `{data}` with lite-orpo.",
+        "",
+    ]
+    if after:
+        lines += ["## Held-out results", "", *_result_table(before, after), ""]
+    lines += ["## Settings", ""]
+    lines += [f"- {key}: {value}" for key, value in settings.items() if value is not None]
+    lines += ["", "## Versions", "", *_versions(), "", "## Citation", "", _CITATION, ""]
+    path.write_text("\n".join(lines), encoding="utf-8")
+
+
+RESULTS = (
+    ("eval_rewards/accuracies", "reward accuracy"),
+    ("eval_rewards/margins", "reward margin"),
+    ("eval_log_odds_chosen", "log odds, chosen over rejected"),
+    ("eval_nll_loss", "NLL of the chosen texts (nats a token)"),
+    ("eval_loss", "loss"),
+)
+
+
+def _result_table(before: dict[str, float], after: dict[str, float]) -> list[str]:
+    rows = ["| metric | before | after |", "|---|---|---|"]
+    for key, label in RESULTS:
+        if key in after:
+            old = f"{before[key]:.3f}" if key in before else "not measured"
+            rows.append(f"| {label} | {old} | {after[key]:.3f} |")
+    return rows
+
+
+def _versions() -> list[str]:
+    lines = []
+    for package in _PACKAGES:
+        try:
+            lines.append(f"- {package} {version(package)}")
+        except PackageNotFoundError:
+            continue
+    return lines
