@@ -23,11 +23,33 @@ def check_launch(args: Any) -> None:
     """
     if not isinstance(args, ORPOConfig):
         raise ConfigError(f"args must be a lite_orpo.ORPOConfig, found {type(args).__name__}")
+    if args.use_liger_kernel:
+        raise ConfigError(
+            "use_liger_kernel replaces the forward pass that the fused loss scores rows in; "
+            "leave it false"
+        )
     if args.n_gpu > 1:
         raise ConfigError(
             f"{args.n_gpu} GPUs are visible but the run was not launched for them; start it with "
             f"`accelerate launch --num_processes {args.n_gpu} ...`, or set CUDA_VISIBLE_DEVICES=0"
         )
+
+
+def check_parallelism(trainer: Any) -> None:
+    """Refuse what shards the model: its collectives need equal row counts on all ranks.
+
+    Raises:
+        ConfigError: FSDP or DeepSpeed is on, by argument or by launcher.
+    """
+    for name, is_on in (
+        ("DeepSpeed", trainer.is_deepspeed_enabled),
+        ("FSDP", trainer.is_fsdp_enabled),
+    ):
+        if is_on:
+            raise ConfigError(
+                f"{name} is not supported yet: ranks may have different numbers of rows in a "
+                "step; use plain data parallelism, `accelerate launch --multi_gpu ...`"
+            )
 
 
 def resolve_tokenizer(model: Any, processing_class: Any, tokenizer: Any) -> Any:

@@ -27,6 +27,7 @@ from .metrics import LossScale, empty_parts, loss_parts, named_metrics, total_lo
 from .model.head import attach_scored_head
 from .setup import (
     check_launch,
+    check_parallelism,
     pad_token_id,
     prepare_dataset,
     prepare_model,
@@ -36,6 +37,10 @@ from .setup import (
 
 def _collate_pairs(features: list[Pair]) -> dict[str, list[Pair]]:
     return {"pairs": features}
+
+
+def _is_mapping_of_sets(dataset: Any) -> bool:
+    return isinstance(dataset, Mapping)
 
 
 class ORPOTrainer(Trainer):
@@ -99,6 +104,7 @@ class ORPOTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        check_parallelism(self)
         self.head.verify()
         if hasattr(self.model, "add_model_tags"):
             self.model.add_model_tags(self._tag_names)
@@ -120,7 +126,7 @@ class ORPOTrainer(Trainer):
         return prepared.dataset
 
     def _prepared_eval(self, dataset: Any) -> Any:
-        if isinstance(dataset, Mapping) and not hasattr(dataset, "column_names"):
+        if _is_mapping_of_sets(dataset):
             return {k: self._prepared(f"eval_dataset[{k!r}]", v) for k, v in dataset.items()}
         return self._prepared("eval_dataset", dataset)
 
@@ -136,10 +142,15 @@ class ORPOTrainer(Trainer):
             `eval_loss` and TRL's metrics with the prefix, exact over the set: for any batch
             size and number of ranks, each token and each pair counts once.
         """
-        if eval_dataset is not None and not isinstance(eval_dataset, str):
-            eval_dataset = self._prepared_eval(eval_dataset)
-        elif eval_dataset is None and self.eval_dataset is None:
+        if _is_mapping_of_sets(eval_dataset):
+            metrics: dict[str, float] = {}
+            for name, rows in eval_dataset.items():
+                metrics.update(self.evaluate(rows, ignore_keys, f"{metric_key_prefix}_{name}"))
+            return metrics
+        if eval_dataset is None and self.eval_dataset is None:
             raise DataError("evaluate() needs held-out pairs: give the trainer an eval_dataset")
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            eval_dataset = self._prepared("eval_dataset", eval_dataset)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     # ---- the step ----
@@ -166,16 +177,23 @@ class ORPOTrainer(Trainer):
             return [], None
         counts = torch.tensor([self._planner.count_nll_tokens(pairs), len(pairs)], device=device)
         nll_tokens, pair_count = self.accelerator.reduce(counts, reduction="sum").tolist()
-        rows = self._planner.plan(pairs, repeats)
+        # Trainer lowers its batch size after an out-of-memory error, if it may.
+        planner = self._planner._replace(pairs_per_row_batch=self._train_batch_size)
+        rows = planner.plan(pairs, repeats)
         return [{}] * (fetched - 1) + [{"step": StepPlan(rows, nll_tokens, pair_count)}], None
 
     def _own_pair_count(self, fetched: int) -> int:
         """How many of a batch's pairs are not repeats that even out the ranks' last batch."""
         state = self.accelerator.gradient_state
-        if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
+        ranks = self.args.world_size
+        if ranks == 1 or self.args.dataloader_drop_last or not state.end_of_dataloader:
+            return fetched
+        # Not state.remainder: accelerate loses it where a resumed epoch skips batches.
+        remainder = len(state.active_dataloader.dataset) % (fetched * ranks)
+        if remainder == 0:
             return fetched
         before = self.args.process_index * fetched
-        return min(max(state.remainder - before, 0), fetched)
+        return min(max(remainder - before, 0), fetched)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
@@ -232,7 +250,26 @@ class ORPOTrainer(Trainer):
         tokens = sum(row.tokens for row in inputs["step"].rows)
         return 6 * tokens * self.model.num_parameters(exclude_embeddings=True)
 
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        if self.args.include_num_input_tokens_seen == "no" or "step" not in inputs:
+            return
+        counts_padding = self.args.include_num_input_tokens_seen == "all"
+        rows = inputs["step"].rows
+        tokens = sum(row.input_ids.numel() if counts_padding else row.tokens for row in rows)
+        seen = torch.tensor(tokens, device=self.args.device)
+        self.state.num_input_tokens_seen += int(self.accelerator.reduce(seen, reduction="sum"))
+
     # ---- evaluation ----
+
+    def predict(
+        self,
+        test_dataset: Any,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "test",
+    ) -> Any:
+        """Metrics of another set of raw rows, as `evaluate` computes them; no predictions."""
+        prepared = self._prepared("test_dataset", test_dataset)
+        return super().predict(prepared, ignore_keys, metric_key_prefix)
 
     def prediction_step(
         self,

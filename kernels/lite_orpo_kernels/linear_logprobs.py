@@ -41,7 +41,7 @@ def select_backend(device: torch.device | str, backend: str = "auto") -> Backend
     if backend != "auto":
         return Backend(backend, "asked for")
     kind = torch.device(device).type
-    return Backend("chunked", f"pure PyTorch in bounded memory, the only fused path on {kind} yet")
+    return Backend("chunked", f"pure PyTorch in bounded memory; no Triton kernel for {kind} yet")
 
 
 def fused_linear_logprobs(
