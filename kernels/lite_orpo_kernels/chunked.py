@@ -46,7 +46,12 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def block_columns(
-    hidden: Tensor, vocabulary: int, transform: HeadTransform, workspace_bytes: int
+    hidden: Tensor,
+    vocabulary: int,
+    transform: HeadTransform,
+    workspace_bytes: int,
+    *,
+    head_trains: bool = False,
 ) -> int:
     """Columns of the vocabulary per block, so that a block's temporaries fit the workspace."""
     rows, width = hidden.shape
@@ -54,7 +59,8 @@ def block_columns(
     per_column = size * rows * (1 if transform.softcap is None else 2)
     if _computes_in_full_precision(hidden):
         if hidden.element_size() < size:
-            per_column += size * width
+            # The block of the head, cast; and that of its gradient, before it is.
+            per_column += size * width * (2 if head_trains else 1)
     else:
         per_column += 2 * hidden.element_size() * rows
     columns = max(MIN_BLOCK_COLUMNS, workspace_bytes // max(per_column, 1))
@@ -114,7 +120,7 @@ def _transformed_logits(
     if transform.softcap is None:
         return logits, None
     logits.div_(transform.softcap).tanh_()
-    slope = 1.0 - logits.square()
+    slope = logits.square().neg_().add_(1.0)
     return logits.mul_(transform.softcap), slope
 
 
@@ -170,6 +176,8 @@ def _sum_over_the_rest(
             if slope is not None:
                 weights.mul_(slope)
             _accumulate(mean_row.mul_(rescale), weights, block)
+        # Or the next block is made while this one is alive: twice the workspace.
+        del block, slope
     rest_lse = running_max + running_sum.log()
     direction = None
     if mean_row is not None:
@@ -211,7 +219,7 @@ def _recomputed_gradients(
     scale = (scale * transform.logit_scale).unsqueeze(1)
     # With V = 1 the rest is empty and there is nothing to refer to.
     reference = rest_lse.masked_fill(rest_lse == float("-inf"), 0.0).unsqueeze(1)
-    columns = block_columns(hidden, vocabulary, transform, workspace_bytes)
+    columns = block_columns(hidden, vocabulary, transform, workspace_bytes, head_trains=want_weight)
     workspace = _Workspace(rows, columns)
     for start in range(0, vocabulary, columns):
         block = weight[start : start + columns].to(rows.dtype)
@@ -229,9 +237,15 @@ def _recomputed_gradients(
             bias_grad[start : start + columns] = coefficients.sum(dim=0).to(bias_grad.dtype)
         coefficients = coefficients.to(rows.dtype)
         if weight_grad is not None:
-            weight_grad[start : start + columns] = (coefficients.t() @ rows).to(weight.dtype)
+            into = weight_grad[start : start + columns]
+            if into.dtype == rows.dtype:
+                torch.mm(coefficients.t(), rows, out=into)
+            else:
+                into.copy_(coefficients.t() @ rows)
         if hidden_grad is not None:
             _accumulate(hidden_grad, coefficients, block)
+        # Or the next block is made while this one is alive: twice the workspace.
+        del block, slope, coefficients
     return _HeadGradients(
         None if hidden_grad is None else hidden_grad.to(hidden.dtype), weight_grad, bias_grad
     )
@@ -275,17 +289,19 @@ class _ChunkedLogProbs(torch.autograd.Function):
             scale = (grad_logps * miss).unsqueeze(1)
             return (scale * direction).to(direction.dtype), None, None, None, None, None, None
         miss, rest_lse, hidden, weight, bias, targets = ctx.saved_tensors
-        gradients = _recomputed_gradients(
-            hidden,
-            weight,
-            bias,
-            targets,
-            rest_lse,
-            grad_logps * miss,
-            ctx.transform,
-            ctx.workspace_bytes,
-            ctx.needs_input_grad[:3],
-        )
+        # A caller's autocast around backward() would make these products bf16.
+        with torch.autocast(hidden.device.type, enabled=False):
+            gradients = _recomputed_gradients(
+                hidden,
+                weight,
+                bias,
+                targets,
+                rest_lse,
+                grad_logps * miss,
+                ctx.transform,
+                ctx.workspace_bytes,
+                ctx.needs_input_grad[:3],
+            )
         return gradients.hidden, gradients.weight, gradients.bias, None, None, None, None
 
 

@@ -74,7 +74,7 @@ def fused_linear_logprobs(
         ignore_index: rows with this target return 0.0, get no gradient, and are left out
             before the matrix product.
         backend: "auto", "chunked" or "reference".
-        workspace_bytes: bound on the temporaries of the chunked backend, beside one [rows, D].
+        workspace_bytes: bound on the temporaries of the chunked backend, beside a few [rows, D].
 
     Returns:
         Log-probabilities shaped like `targets`, fp32 (fp64 for fp64 inputs).
@@ -87,8 +87,8 @@ def fused_linear_logprobs(
     chosen = select_backend(hidden.device, backend)
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
+        hidden, weight = _autocast(hidden, dtype), _autocast(weight, dtype)
+        bias = None if bias is None else _autocast(bias, dtype)
     _check(hidden, weight, targets, bias, softcap, workspace_bytes)
     flat_targets = targets.reshape(-1)
     rows = hidden.reshape(-1, hidden.shape[-1])
@@ -110,6 +110,12 @@ def fused_linear_logprobs(
         return logps.reshape(targets.shape)
     out = torch.zeros(flat_targets.shape, dtype=logps.dtype, device=logps.device)
     return out.index_copy(0, keep, logps).reshape(targets.shape)
+
+
+def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    # As torch does: fp64 and integers are left alone.
+    is_cast = tensor.is_floating_point() and tensor.dtype != torch.float64
+    return tensor.to(dtype) if is_cast else tensor
 
 
 def _check(

@@ -73,15 +73,10 @@ def orpo_loss(
         loss, and its entries are 0.
 
     Raises:
-        ValueError: the shapes do not fit, or `pair_count` is negative.
+        ValueError: the shapes do not fit, `pair_count` is negative, or (on the CPU) a completion
+            id belongs to no pair.
     """
-    if not logps.shape == completion_ids.shape == nll_mask.shape or logps.ndim != 1:
-        raise ValueError(
-            "logps, completion_ids and nll_mask must be [M] alike: "
-            f"{tuple(logps.shape)}, {tuple(completion_ids.shape)}, {tuple(nll_mask.shape)}"
-        )
-    if pair_count < 0:
-        raise ValueError(f"pair_count must not be negative, found {pair_count}")
+    _check("logps", logps, completion_ids, nll_mask, pair_count)
     token_nll = -logps
     mean_nll, lengths = _mean_per_completion(token_nll, completion_ids, 2 * pair_count)
     is_whole = (lengths[0::2] > 0) & (lengths[1::2] > 0)
@@ -102,6 +97,26 @@ def orpo_loss(
         rejected_logps=torch.where(is_whole, -mean_nll[1::2], zero),
         log_odds=log_odds,
     )
+
+
+def _check(
+    name: str, rows: Tensor, completion_ids: Tensor, nll_mask: Tensor, pair_count: int
+) -> None:
+    if not rows.shape == completion_ids.shape == nll_mask.shape or rows.ndim != 1:
+        raise ValueError(
+            f"{name}, completion_ids and nll_mask must be [M] alike: "
+            f"{tuple(rows.shape)}, {tuple(completion_ids.shape)}, {tuple(nll_mask.shape)}"
+        )
+    if pair_count < 0:
+        raise ValueError(f"pair_count must not be negative, found {pair_count}")
+    # On other devices looking would wait for the device.
+    if completion_ids.device.type == "cpu" and completion_ids.numel():
+        highest = int(completion_ids.max())
+        if highest >= 2 * pair_count:
+            raise ValueError(
+                f"completion id {highest} belongs to no pair: pair_count is {pair_count}, "
+                f"so ids end at {2 * pair_count - 1}"
+            )
 
 
 def _mean_per_completion(
@@ -169,6 +184,8 @@ def fused_orpo_loss(
         ValueError: shapes, dtypes, devices or options do not fit each other.
         IndexError: a target on the CPU lies outside [0, V).
     """
+    # Before the expensive part, and before torch.where would broadcast what does not fit.
+    _check("targets", targets, completion_ids, nll_mask, pair_count)
     logps = fused_linear_logprobs(
         hidden,
         weight,

@@ -49,7 +49,7 @@ def linear_logprobs_reference(
     target_logit = logits.gather(1, column).squeeze(1)
     rest = torch.logsumexp(logits.scatter(1, column, float("-inf")), dim=1)
     logps = torch.zeros(targets.shape, dtype=logits.dtype, device=logits.device)
-    return logps.masked_scatter(keep, -F.softplus(rest - target_logit, threshold=1e9))
+    return logps.masked_scatter(keep, -F.softplus(rest - target_logit, threshold=60.0))
 
 
 def orpo_loss_reference(
