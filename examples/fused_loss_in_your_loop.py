@@ -19,6 +19,7 @@ from lite_orpo_kernels import fused_orpo_loss
 
 HERE = Path(__file__).parent
 IGNORED = -100
+LEARNING_RATE = 5e-4
 
 
 def load_pairs(tokenizer: Any, count: int) -> list[dict[str, list[int]]]:
@@ -78,7 +79,7 @@ def orpo_loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 def train_in_plain_pytorch(model: Any, pairs: list[Any], steps: int) -> list[float]:
     """A loop with nothing but torch in it."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
     losses = []
     for step in range(steps):
         start = 4 * step % len(pairs)
@@ -107,7 +108,7 @@ def train_in_transformers(model: Any, pairs: list[Any], steps: int, folder: str)
         output_dir=folder,
         max_steps=steps,
         per_device_train_batch_size=4,
-        learning_rate=1e-4,
+        learning_rate=LEARNING_RATE,
         logging_steps=1,
         save_strategy="no",
         report_to="none",
@@ -139,7 +140,9 @@ def main() -> None:
     ):
         model = AutoModelForCausalLM.from_pretrained(HERE / "demo_model", dtype=torch.float32)
         losses = loop(model)
-        print(f"{name}: loss {losses[0]:.3f} -> {losses[-1]:.3f} in {len(losses)} steps")
+        few = max(1, len(losses) // 4)
+        first, last = sum(losses[:few]) / few, sum(losses[-few:]) / few
+        print(f"{name}: loss {first:.3f} -> {last:.3f} in {len(losses)} steps")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from .config.orpo_config import ORPOConfig
 from .data.preparation import LengthRule, PreparedPairs, prepare_pairs
 from .data.sources import RowSource
 from .errors import ConfigError, ModelError
-from .model.adapter import disable_dropout, wrap_with_adapter
+from .model.adapter import disable_dropout, refuse_virtual_tokens, wrap_with_adapter
 from .model.head import innermost_causal_lm
 from .model.load import load_model, load_tokenizer, refuse_encoder_decoder
 
@@ -99,8 +99,10 @@ def prepare_model(model: Any, args: ORPOConfig, peft_config: Any) -> Any:
             "the model's config asks for the router's auxiliary loss (output_router_logits), "
             "which is not part of the loss here; set it to false"
         )
-    if args.disable_dropout and causal_lm is model:
-        disable_dropout(model)
+    for adapter in getattr(model, "peft_config", {}).values():
+        refuse_virtual_tokens(adapter)
+    if args.disable_dropout:
+        disable_dropout(causal_lm)
     if peft_config is not None:
         model = wrap_with_adapter(model, peft_config)
     if not any(parameter.requires_grad for parameter in model.parameters()):

@@ -120,7 +120,7 @@ def prepare_pairs(
         dataset: Any = list(records)
     else:
         dataset = _map_from_disk(records)
-    _check_report(report, rule)
+    _check_report(report)
     for line in report.lines()[1:]:
         logger.warning("%s:%s", source.name, line[1:])
     return PreparedPairs(dataset, report)
@@ -171,18 +171,19 @@ def _fit(pair: TokenizedPair, rule: LengthRule) -> TokenizedPair:
     if rule.max_length is None or len(pair.prompt) + longest <= rule.max_length:
         return pair
     column = "chosen" if len(pair.chosen) >= len(pair.rejected) else "rejected"
-    if rule.overlong_rows == "drop":
-        raise RowProblem(
-            column,
-            f"is too long: {len(pair.prompt)} prompt + {longest} completion tokens, "
-            f"max_length is {rule.max_length}",
-        )
+    sizes = f"{len(pair.prompt)} prompt + {longest} completion tokens"
     room = rule.max_length - longest
     if room < 2:
         raise RowProblem(
             column,
-            f"leaves no room for a prompt: {longest} completion tokens, "
-            f"max_length is {rule.max_length}",
+            f"is too long: {sizes}, max_length {rule.max_length} leaves no room for a prompt "
+            "(raise max_length)",
+        )
+    if rule.overlong_rows == "drop":
+        raise RowProblem(
+            "prompt" if len(pair.prompt) > longest else column,
+            f"is too long: {sizes}, max_length is {rule.max_length} (raise it, or set "
+            "overlong_rows: cut_prompt)",
         )
     # The first token (BOS, or the template's opening) stays; the oldest text after it goes.
     return pair._replace(prompt=[pair.prompt[0], *pair.prompt[len(pair.prompt) - room + 1 :]])
@@ -231,7 +232,7 @@ def _map_from_disk(records: Iterator[dict[str, Any]]) -> Any:
     return dataset
 
 
-def _check_report(report: PreparationReport, rule: LengthRule) -> None:
+def _check_report(report: PreparationReport) -> None:
     total = report.kept + report.dropped
     if total == 0:
         raise DataError(f"{report.source}: no rows; the file or data set is empty")
@@ -239,15 +240,9 @@ def _check_report(report: PreparationReport, rule: LengthRule) -> None:
         return
     kind, count = report.problems.most_common(1)[0]
     first = report.examples[kind][0]
-    advice = "mend the file"
-    if "max_length" in first.problem:
-        advice = (
-            "raise max_length or set overlong_rows: cut_prompt"
-            if rule.overlong_rows == "drop"
-            else "raise max_length"
-        )
-    share = "all" if report.kept == 0 else f"{report.dropped} of"
+    share = f"none of {total} rows" if report.kept == 0 else f"only {report.kept} of {total} rows"
+    alike = f"{count} rows like {first.place}" if count > 1 else first.place
     raise DataError(
-        f"{report.source}: {share} {total} rows cannot be trained on, {count} of them alike: "
-        f"{first.place}, column {first.column!r} {first.problem}; {advice}"
+        f"{report.source}: {share} can be trained on (at most {MAX_DROPPED_SHARE:.0%} may be left "
+        f"out): {alike}: column {first.column!r} {first.problem}; mend these rows or delete them"
     )

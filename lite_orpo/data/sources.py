@@ -123,13 +123,14 @@ def _text_lines(path: Path) -> Iterator[str]:
     opener: Callable[..., Any] = gzip.open if path.suffix == ".gz" else open
     number = 0
     try:
-        with opener(path, "rt", encoding="utf-8-sig") as stream:
+        # Bytes, decoded line by line: a decoder that reads ahead cannot say which line is wrong.
+        with opener(path, "rb") as stream:
             for line in stream:
                 number += 1
-                yield line
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{path} after line {number}: byte {error.object[error.start]:#04x} is not UTF-8; "
+            f"{path} line {number}: byte {error.object[error.start]:#04x} is not UTF-8; "
             "save the file as UTF-8"
         ) from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:

@@ -38,9 +38,9 @@ def lora_config(options: LoraOptions) -> Any | None:
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Turn every dropout layer of the base model off; call it before the adapter is put on."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
+    """Turn every dropout layer of the base model off; an adapter's own stays."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Dropout) and "lora_dropout" not in name.split("."):
             module.p = 0.0
     for module in model.modules():
         # Attention layers hand their rate to a function; there is no nn.Dropout to find.
@@ -74,15 +74,20 @@ def wrap_with_adapter(model: Any, peft_config: Any) -> Any:
             "the model already has an adapter and peft_config asks for another; "
             "pass the wrapped model without peft_config, or merge the adapter first"
         )
+    refuse_virtual_tokens(peft_config)
+    try:
+        return get_peft_model(model, peft_config)
+    except ValueError as error:
+        raise ModelError(f"the adapter does not fit {type(model).__name__}: {error}") from None
+
+
+def refuse_virtual_tokens(peft_config: Any) -> None:
+    """Raise a ModelError for prompt-learning adapters, which move every position."""
     if peft_config.is_prompt_learning:
         raise ModelError(
             f"{peft_config.peft_type.value} adds virtual tokens in front of the prompt, "
             "which the scored rows do not know of; use LoRA"
         )
-    try:
-        return get_peft_model(model, peft_config)
-    except ValueError as error:
-        raise ModelError(f"the adapter does not fit {type(model).__name__}: {error}") from None
 
 
 @contextlib.contextmanager

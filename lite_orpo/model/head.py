@@ -134,15 +134,17 @@ def attach_scored_head(model: Any, *, backend: str, workspace_bytes: int) -> Sco
     if previous is not None:
         previous.detach()
     head = ScoredHead(causal_lm, backend, workspace_bytes)
-    own_forward = causal_lm.forward
 
-    @functools.wraps(own_forward)
+    # The head is looked up on `self`, not closed over: a deep copy of the model must run its own
+    # weights. Wraps the plain function, so that the signature keeps its first argument.
+    @functools.wraps(getattr(causal_lm.forward, "__func__", causal_lm.forward))
     def forward(
-        self: nn.Module, *args: Any, score_rows: tuple[Tensor, Tensor] | None = None, **kwargs: Any
+        self: Any, *args: Any, score_rows: tuple[Tensor, Tensor] | None = None, **kwargs: Any
     ) -> Any:
+        attached: ScoredHead = self._lite_orpo_head
         if score_rows is None:
-            return own_forward(*args, **kwargs)
-        return head.log_probs(score_rows, args, kwargs)
+            return attached._own_forward(*args, **kwargs)
+        return attached.log_probs(score_rows, args, kwargs)
 
     causal_lm.forward = types.MethodType(forward, causal_lm)
     object.__setattr__(causal_lm, "_lite_orpo_head", head)
@@ -218,13 +220,15 @@ def _find_transform(
         causal_lm.train(was_training)
     if probe is None:
         return None, "its head is not called in its forward pass"
+    eps = torch.finfo(linear.weight.dtype).eps
     # Rounding of the dtype, with room for a different order of summation.
-    tolerance = 16 * torch.finfo(linear.weight.dtype).eps
-    if not _close(probe.head_input, probe.hidden, tolerance):
+    if not _close(probe.head_input, probe.hidden, 16 * eps):
         return None, "its head does not get the backbone's output as it is"
     product = F.linear(probe.rows, linear.weight, linear.bias).float()
     for transform in _candidates(causal_lm.config):
-        if _close(transform.apply(product), probe.logits.float(), tolerance):
+        # The same product, rounded at most four times: in bf16, 16 eps would excuse a soft-cap
+        # of 100 or a scale of 1.05.
+        if _close(transform.apply(product), probe.logits.float(), 4 * eps):
             return transform, ""
     return None, "its logits are changed in a way that is not known here"
 
@@ -254,5 +258,6 @@ def _probe(causal_lm: Any, own_forward: Callable[..., Any], linear: nn.Linear) -
 def _close(left: Tensor, right: Tensor, tolerance: float) -> bool:
     if left.shape != right.shape:
         return False
-    scale = right.float().abs().max().clamp_min(1e-6)
+    # The smaller of the two: an infinite logit (a masked token) must not excuse everything.
+    scale = torch.minimum(left.float().abs().max(), right.float().abs().max()).clamp_min(1e-6)
     return bool((left.float() - right.float()).abs().max() <= tolerance * scale)

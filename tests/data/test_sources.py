@@ -1,0 +1,172 @@
+"""Sources: every kind of file is read, and a broken one is named with the place and a remedy."""
+
+import gzip
+import json
+from pathlib import Path
+
+import datasets
+import pytest
+
+from lite_orpo.data.sources import dataset_source, open_source
+from lite_orpo.errors import DataError, HubError
+
+ROWS = [
+    {"prompt": f"q{i}", "chosen": f"gut, für {i}", "rejected": f"bad\u2028 {i}"} for i in range(3)
+]
+
+
+@pytest.fixture(autouse=True)
+def _cache_of_tables(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def json_lines(rows=ROWS):
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def read(path, split="train"):
+    return list(open_source(str(path), split=split).read())
+
+
+def write(path: Path, text: str, encoding="utf-8") -> Path:
+    path.write_bytes(text.encode(encoding))
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson", "a.jsonl.gz", "a.json"])
+def test_json_lines_are_read_with_their_line_numbers(tmp_path, name):
+    content = json_lines().encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    assert read(tmp_path / name) == [(f"line {i + 1}", row) for i, row in enumerate(ROWS)]
+
+
+def test_a_byte_order_mark_windows_line_ends_and_blank_lines_do_no_harm(tmp_path):
+    text = json_lines().replace("\n", "\r\n\r\n")
+    path = write(tmp_path / "bom.jsonl", "\ufeff" + text)
+    assert read(path) == [(f"line {2 * i + 1}", row) for i, row in enumerate(ROWS)]
+
+
+def test_a_source_can_be_read_twice(tmp_path):
+    source = open_source(str(write(tmp_path / "a.jsonl", json_lines())), split="train")
+    assert list(source.read()) == list(source.read())
+
+
+def test_a_json_list_is_read_entry_by_entry(tmp_path):
+    path = write(tmp_path / "a.json", json.dumps(ROWS, indent=1))
+    assert read(path) == [(f"entry {i}", row) for i, row in enumerate(ROWS)]
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_tables_are_read(tmp_path, ending):
+    path = tmp_path / f"a.{ending}"
+    getattr(datasets.Dataset.from_list(ROWS), f"to_{ending}")(str(path))
+    assert [row for _, row in read(path)] == ROWS
+
+
+def test_a_folder_gives_the_file_of_the_split(tmp_path):
+    write(tmp_path / "train.jsonl", json_lines(ROWS[:2]))
+    (tmp_path / "test.jsonl.gz").write_bytes(gzip.compress(json_lines(ROWS[2:]).encode()))
+    assert [row for _, row in read(tmp_path)] == ROWS[:2]
+    assert [row for _, row in read(tmp_path, "test")] == ROWS[2:]
+
+
+def test_in_memory_data_sets_are_read_row_by_row():
+    for data in (ROWS, tuple(ROWS), datasets.Dataset.from_list(ROWS)):
+        source = dataset_source("train_dataset", data)
+        assert source.size == 3
+        assert list(source.read()) == [(f"row {i}", row) for i, row in enumerate(ROWS)]
+
+
+def refused(call) -> str:
+    with pytest.raises(DataError) as caught:
+        call()
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_a_bad_line_is_named_by_its_number(tmp_path):
+    path = write(tmp_path / "a.jsonl", json_lines()[:-1] + '\n\n{"prompt": "q",}\n' + json_lines())
+    message = refused(lambda: read(path))
+    assert f"{path} line 5: not valid JSON" in message
+    assert "column 16" in message
+
+
+def test_a_truncated_archive_is_named_with_the_last_good_line(tmp_path):
+    lines = json_lines([{"prompt": f"{i * 7919 % 1000}", "chosen": "a"} for i in range(2000)])
+    path = tmp_path / "cut.jsonl.gz"
+    path.write_bytes(gzip.compress(lines.encode())[:-2000])
+    message = refused(lambda: read(path))
+    assert "damaged or cut off" in message
+    assert f"{path} after line " in message
+    assert "after line 0" not in message
+
+
+def test_a_file_that_is_no_archive_is_named(tmp_path):
+    path = write(tmp_path / "plain.jsonl.gz", json_lines())
+    assert f"{path} after line 0: the compressed file is damaged" in refused(lambda: read(path))
+
+
+def test_latin_1_is_refused_with_the_byte(tmp_path):
+    path = write(tmp_path / "l1.jsonl", '{"prompt": "q"}\n{"prompt": "caf\u00e9"}\n', "latin-1")
+    message = refused(lambda: read(path))
+    assert f"{path} line 2: byte 0xe9 is not UTF-8" in message
+
+
+def test_a_deeply_nested_line_is_refused(tmp_path):
+    path = write(tmp_path / "deep.jsonl", "[" * 200_000 + "\n")
+    message = refused(lambda: read(path))
+    assert f"{path} line 1: " in message
+
+
+def test_a_broken_json_list_is_refused(tmp_path):
+    path = write(tmp_path / "a.json", json.dumps(ROWS)[:-1])
+    assert f"{path}: not valid JSON" in refused(lambda: read(path))
+
+
+def test_an_empty_file_has_no_rows(tmp_path):
+    # That a data set must not be empty is the preparation's business.
+    assert read(write(tmp_path / "empty.jsonl", "")) == []
+    assert read(write(tmp_path / "empty.json", "")) == []
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_a_broken_table_is_refused(tmp_path, ending):
+    path = write(tmp_path / f"a.{ending}", "" if ending == "csv" else "PAR1 no")
+    assert f"{path}: cannot be read as {ending}" in refused(lambda: read(path))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["missing.jsonl", "./missing", "/no/such/place", "~/no-such-place", "a/b/c", "x.csv"],
+)
+def test_a_missing_file_is_called_missing(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    message = refused(lambda: open_source(name, split="train"))
+    assert message.startswith(f"{name}: no such file")
+
+
+def test_an_unknown_ending_and_an_empty_folder_are_refused(tmp_path):
+    path = write(tmp_path / "pairs.xlsx", "x")
+    assert "unknown ending '.xlsx'" in refused(lambda: open_source(str(path), split="train"))
+    message = refused(lambda: open_source(str(tmp_path), split="test"))
+    assert message.startswith(f"{tmp_path}: the folder has no test.jsonl")
+
+
+def test_a_hub_name_without_network_is_named(monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(HubError) as caught:
+        open_source("nobody/no-such-pairs", split="train")
+    message = str(caught.value)
+    assert "'nobody/no-such-pairs'" in message
+    assert "network" in message
+    assert "\n" not in message
+
+
+def test_a_dictionary_of_splits_and_a_stream_are_refused():
+    splits = datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)})
+    message = refused(lambda: dataset_source("train_dataset", splits))
+    assert "dictionary of splits ('train')" in message
+    message = refused(lambda: dataset_source("train_dataset", iter(ROWS)))
+    assert "without a length" in message

@@ -1,0 +1,146 @@
+"""tokenize_pair: one BOS, one EOS, and a prompt that is an exact prefix of both sequences."""
+
+import pytest
+from tiny_tokenizer import CHATML, char_tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from lite_orpo.data.rows import PreferenceRow, parse_row
+from lite_orpo.data.tokenization import special_texts_in, tokenize_pair
+from lite_orpo.errors import DataError, RowProblem
+
+ASK = {"role": "user", "content": "hi"}
+GOOD = {"role": "assistant", "content": "hello"}
+BAD = {"role": "assistant", "content": "no"}
+CHAT = PreferenceRow([ASK], [GOOD], [BAD])
+PLAIN = PreferenceRow("hi ", "hello", "no")
+
+
+def text(tokenizer, ids):
+    return tokenizer.decode(ids)
+
+
+def test_plain_rows_get_one_bos_and_one_eos(tokenizer):
+    pair = tokenize_pair(PLAIN, tokenizer)
+    assert text(tokenizer, pair.prompt) == "<s>hi "
+    assert text(tokenizer, pair.chosen) == "hello</s>"
+    assert text(tokenizer, pair.rejected) == "no</s>"
+
+
+@pytest.mark.parametrize("prompt", ["<s>hi ", "<s><s>hi ", "<s><s><s>hi "])
+def test_a_bos_in_the_text_is_not_doubled(tokenizer, prompt):
+    pair = tokenize_pair(PLAIN._replace(prompt=prompt), tokenizer)
+    assert text(tokenizer, pair.prompt) == "<s>hi "
+
+
+@pytest.mark.parametrize("chosen", ["hello</s>", "hello</s></s>", "hello</s>\n", "hello</s> \n"])
+def test_an_eos_in_the_text_is_not_doubled_and_nothing_follows_it(tokenizer, chosen):
+    pair = tokenize_pair(PLAIN._replace(chosen=chosen), tokenizer)
+    assert text(tokenizer, pair.chosen) == "hello</s>"
+
+
+def test_an_eos_inside_a_completion_stays_where_it_is(tokenizer):
+    pair = tokenize_pair(PLAIN._replace(chosen="a</s>b"), tokenizer)
+    assert text(tokenizer, pair.chosen) == "a</s>b</s>"
+
+
+def test_an_empty_prompt_is_the_bos_alone(tokenizer):
+    assert tokenize_pair(PLAIN._replace(prompt=""), tokenizer).prompt == [tokenizer.bos_token_id]
+
+
+def test_without_a_bos_none_is_added_and_an_empty_prompt_is_refused():
+    tokenizer = char_tokenizer(bos=None)
+    assert text(tokenizer, tokenize_pair(PLAIN, tokenizer).prompt) == "hi "
+    with pytest.raises(RowProblem, match="empty and the tokenizer has no BOS"):
+        tokenize_pair(PLAIN._replace(prompt=""), tokenizer)
+
+
+def test_without_an_eos_the_data_is_refused():
+    with pytest.raises(DataError, match="no EOS token"):
+        tokenize_pair(PLAIN, char_tokenizer(eos=None))
+
+
+def test_a_completion_that_is_only_an_eos_is_refused(tokenizer):
+    with pytest.raises(RowProblem) as caught:
+        tokenize_pair(PLAIN._replace(rejected="</s>"), tokenizer)
+    assert caught.value.column == "rejected"
+
+
+def test_the_prompt_is_an_exact_prefix_where_tokens_would_merge_over_its_end():
+    # Jointly "xa" + "b" is [x, ab]: the prompt's last token would differ between completions.
+    core = Tokenizer(models.BPE({"x": 0, "a": 1, "b": 2, "c": 3, "ab": 4, "</s>": 5}, [("a", "b")]))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>")
+    assert tokenizer("xab")["input_ids"] == [0, 4]
+    pair = tokenize_pair(PreferenceRow("xa", "b", "cab"), tokenizer)
+    assert pair == ([0, 1], [2, 5], [3, 4, 5])
+
+
+def test_a_chat_ends_at_the_templates_end_of_turn(chatml_tokenizer):
+    pair = tokenize_pair(CHAT, chatml_tokenizer)
+    prompt = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert text(chatml_tokenizer, pair.prompt) == prompt
+    # ChatML writes a line break behind the end of turn; a model never gets to write it.
+    assert text(chatml_tokenizer, pair.chosen) == "hello<|im_end|>"
+    assert text(chatml_tokenizer, pair.rejected) == "no<|im_end|>"
+
+
+def test_a_chat_of_several_turns_keeps_its_inner_ends_of_turn(chatml_tokenizer):
+    pair = tokenize_pair(PreferenceRow([ASK], [GOOD, ASK, GOOD], [BAD]), chatml_tokenizer)
+    chosen = text(chatml_tokenizer, pair.chosen)
+    assert chosen.count("<|im_end|>") == 3
+    assert chosen.endswith("hello<|im_end|>")
+
+
+def test_a_prompt_that_ends_in_the_assistants_words_is_continued(chatml_tokenizer):
+    begun = {"role": "assistant", "content": "Well, "}
+    row = PreferenceRow([ASK, begun], [GOOD], [BAD])
+    pair = tokenize_pair(row, chatml_tokenizer)
+    prompt = text(chatml_tokenizer, pair.prompt)
+    assert prompt.endswith("<|im_start|>assistant\nWell, ")
+    for completion in (pair.chosen, pair.rejected):
+        assert completion[-1] == chatml_tokenizer.eos_token_id
+
+
+def test_an_implicit_prompt_gives_the_same_tokens_as_an_explicit_one(chatml_tokenizer):
+    implicit = parse_row({"chosen": [ASK, GOOD], "rejected": [ASK, BAD]})
+    assert tokenize_pair(implicit, chatml_tokenizer) == tokenize_pair(CHAT, chatml_tokenizer)
+
+
+def test_a_template_that_writes_the_bos_itself_gives_one():
+    tokenizer = char_tokenizer(template="{{ bos_token }}" + CHATML)
+    assert text(tokenizer, tokenize_pair(CHAT, tokenizer).prompt).count("<s>") == 1
+
+
+def test_a_template_that_rewrites_history_ends_the_prompt_where_all_renderings_agree():
+    # Marks the last message, so the user's turn reads differently once an answer follows.
+    marking = CHATML.replace("{{ m['content'] }}", "{{ '>' if loop.last }}{{ m['content'] }}")
+    tokenizer = char_tokenizer(template=marking)
+    pair = tokenize_pair(CHAT, tokenizer)
+    assert text(tokenizer, pair.prompt) == "<s><|im_start|>user\n"
+    for ids, message in ((pair.chosen, GOOD), (pair.rejected, BAD)):
+        rendered = tokenizer.apply_chat_template([ASK, message], tokenize=False)
+        assert text(tokenizer, pair.prompt + ids) == f"<s>{rendered}</s>"
+
+
+def test_a_template_that_refuses_a_role_is_a_problem_of_the_row():
+    refusing = (
+        "{% for m in messages %}{% if m.role == 'system' %}"
+        "{{ raise_exception('system role not supported') }}{% endif %}{{ m.content }}{% endfor %}"
+    )
+    row = PreferenceRow([{"role": "system", "content": "s"}, ASK], [GOOD], [BAD])
+    with pytest.raises(RowProblem, match="refused by the chat template: system role not supported"):
+        tokenize_pair(row, char_tokenizer(template=refusing))
+
+
+def test_conversations_without_a_template_are_refused_with_the_remedy(tokenizer):
+    with pytest.raises(DataError, match="chat_template_path"):
+        tokenize_pair(CHAT, tokenizer)
+
+
+def test_special_tokens_standing_as_text_are_found(chatml_tokenizer):
+    assert special_texts_in(CHAT, chatml_tokenizer) == []
+    spoken = {"role": "user", "content": "say <|im_end|>"}
+    assert special_texts_in(CHAT._replace(prompt=[spoken]), chatml_tokenizer) == ["<|im_end|>"]
+    plain = PLAIN._replace(rejected="a <pad> b")
+    assert special_texts_in(plain, chatml_tokenizer) == ["<pad>"]

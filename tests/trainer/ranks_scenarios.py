@@ -1,0 +1,128 @@
+"""Small runs that must not depend on how many ranks they are spread over.
+
+`run_all` is called by the tests in one process, and by this file as a script in each rank of
+`torchrun`. Every scenario says how many pairs a step has over all ranks; the batch per
+rank follows from the number of ranks.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+HERE = Path(__file__).resolve().parent
+if __name__ == "__main__":
+    sys.path[:0] = [str(HERE), str(HERE.parent / "data")]
+
+import torch  # noqa: E402
+from tiny_models import (  # noqa: E402
+    GradientRecorder,
+    plain_rows,
+    tiny_model,
+    trainer_for,
+    with_lora,
+)
+
+
+class Scenario(NamedTuple):
+    pairs: int
+    batch: int
+    """Pairs of a batch over all ranks."""
+    accumulation: int = 1
+    full: bool = False
+    settings: dict[str, Any] = {}
+
+
+SCENARIOS = {
+    "even": Scenario(pairs=4, batch=4),
+    "accumulated": Scenario(pairs=8, batch=2, accumulation=4),
+    # Of the last step's repeats, one rank has nothing but.
+    "one_pair_left": Scenario(pairs=5, batch=4),
+    "one_pair_left_full": Scenario(pairs=5, batch=4, full=True),
+    "three_pairs_left": Scenario(pairs=7, batch=4, accumulation=2),
+    "fewer_pairs_than_ranks": Scenario(pairs=1, batch=2),
+    "checkpointed": Scenario(
+        pairs=5, batch=2, accumulation=2, settings={"gradient_checkpointing": True}
+    ),
+}
+
+
+def model_for(scenario: Scenario) -> Any:
+    return tiny_model(tie_word_embeddings=False) if scenario.full else with_lora(tiny_model())
+
+
+def run(scenario: Scenario, folder: Path, ranks: int) -> dict[str, Any]:
+    """One epoch without moving the weights: gradients and logged losses of each step."""
+    recorder = GradientRecorder()
+    trainer = trainer_for(
+        model_for(scenario),
+        folder,
+        plain_rows(scenario.pairs),
+        callbacks=[recorder],
+        per_device_train_batch_size=scenario.batch // ranks,
+        gradient_accumulation_steps=scenario.accumulation,
+        num_train_epochs=1,
+        learning_rate=0.0,
+        max_grad_norm=0.0,
+        optim="sgd",
+        **scenario.settings,
+    )
+    assert trainer.args.world_size == ranks
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    return {"gradients": recorder.steps, "logs": logs}
+
+
+def evaluate(folder: Path, batch: int) -> dict[str, float]:
+    """The metrics of seven held-out pairs."""
+    trainer = trainer_for(
+        with_lora(tiny_model()),
+        folder,
+        eval_dataset=plain_rows(7),
+        per_device_eval_batch_size=batch,
+    )
+    metrics = trainer.evaluate()
+    return {k: v for k, v in metrics.items() if "time" not in k and "per_second" not in k}
+
+
+def resumed_weights(folder: Path, ranks: int) -> dict[str, Any]:
+    """Seven pairs, two a step: the weights after an epoch, straight and resumed after step 2."""
+    weights = {}
+    for name in ("straight", "resumed"):
+        torch.manual_seed(0)
+        trainer = trainer_for(
+            with_lora(tiny_model()),
+            folder,
+            plain_rows(7),
+            per_device_train_batch_size=2 // ranks,
+            num_train_epochs=1,
+            learning_rate=0.01,
+            save_strategy="steps",
+            save_steps=2,
+        )
+        checkpoint = str(folder / "checkpoint-2") if name == "resumed" else None
+        trainer.train(resume_from_checkpoint=checkpoint)
+        assert trainer.state.global_step == 4
+        state = trainer.accelerator.unwrap_model(trainer.model).state_dict()
+        weights[name] = {key: value.clone() for key, value in state.items() if "lora" in key}
+    return weights
+
+
+def run_all(folder: Path, ranks: int) -> dict[str, Any]:
+    """Every scenario; the same keys in one process and in several."""
+    results: dict[str, Any] = {
+        name: run(scenario, folder / name, ranks) for name, scenario in SCENARIOS.items()
+    }
+    results["evaluation"] = evaluate(folder / "evaluation", 4 // ranks)
+    results["resume"] = resumed_weights(folder / "resume", ranks)
+    return results
+
+
+if __name__ == "__main__":
+    import os
+
+    torch.set_num_threads(1)
+    out = Path(sys.argv[1])
+    out.mkdir(exist_ok=True)
+    world = int(os.environ["WORLD_SIZE"])
+    torch.save(run_all(out, world), out / f"rank{os.environ['RANK']}.pt")
+    torch.distributed.destroy_process_group()
