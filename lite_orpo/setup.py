@@ -3,16 +3,18 @@
 Each function refuses, in one line, what would otherwise train silently wrong.
 """
 
+import logging
 from typing import Any
 
 from .config.options import ModelOptions
 from .config.orpo_config import ORPOConfig
-from .data.preparation import LengthRule, PreparedPairs, prepare_pairs
-from .data.sources import RowSource
+from .data.preparation import LengthRule
 from .errors import ConfigError, ModelError
 from .model.adapter import disable_dropout, refuse_virtual_tokens, wrap_with_adapter
 from .model.head import innermost_causal_lm
 from .model.load import load_model, load_tokenizer, refuse_encoder_decoder
+
+logger = logging.getLogger(__name__)
 
 
 def check_launch(args: Any) -> None:
@@ -106,14 +108,43 @@ def prepare_model(model: Any, args: ORPOConfig, peft_config: Any) -> Any:
     if peft_config is not None:
         model = wrap_with_adapter(model, peft_config)
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ModelError("no parameter of the model is trainable; pass a peft_config")
+        remedy = "pass a peft_config"
+        if causal_lm is not model:
+            remedy = "load the adapter with PeftModel.from_pretrained(..., is_trainable=True)"
+        raise ModelError(f"no parameter of the model is trainable; {remedy}")
     if args.gradient_checkpointing and hasattr(model, "enable_input_require_grads"):
         # A frozen embedding cuts the graph in front of the first checkpoint.
         model.enable_input_require_grads()
     return model
 
 
-def prepare_dataset(source: RowSource, tokenizer: Any, args: ORPOConfig) -> PreparedPairs:
-    """Tokenise a source under the rules of the configuration."""
-    rule = LengthRule(args.max_length, args.overlong_rows)
-    return prepare_pairs(source, tokenizer, rule, args.on_bad_row)
+def check_vocabulary(model: Any, tokenizer: Any) -> None:
+    """Refuse a tokenizer with tokens that the model has no embedding for.
+
+    Raises:
+        ModelError: see above.
+    """
+    embeddings = model.get_input_embeddings().weight.shape[0]
+    highest = max(tokenizer.get_vocab().values(), default=-1)
+    if highest >= embeddings:
+        raise ModelError(
+            f"the tokenizer has token ids up to {highest}, but the model embeds {embeddings} "
+            "tokens; use the model's own tokenizer, or model.resize_token_embeddings(...)"
+        )
+
+
+def length_rule(model: Any, args: ORPOConfig) -> LengthRule:
+    """The rule for over-long rows: `max_length`, and never beyond the model's positions."""
+    config = innermost_causal_lm(model).config
+    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    positions = getattr(text_config, "max_position_embeddings", None)
+    max_length = args.max_length
+    if positions and (max_length is None or max_length > positions):
+        logger.warning(
+            "max_length %s is beyond the model's %d positions: %d is used",
+            max_length,
+            positions,
+            positions,
+        )
+        max_length = int(positions)
+    return LengthRule(max_length, args.overlong_rows)

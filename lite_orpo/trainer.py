@@ -19,6 +19,7 @@ from transformers import Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from .config.orpo_config import ORPOConfig
+from .data.preparation import prepare_pairs
 from .data.sources import RowSource, dataset_source
 from .data.step_plan import Pair, RowBatch, RowPlanner, StepPlan
 from .errors import DataError
@@ -28,8 +29,9 @@ from .model.head import attach_scored_head
 from .setup import (
     check_launch,
     check_parallelism,
+    check_vocabulary,
+    length_rule,
     pad_token_id,
-    prepare_dataset,
     prepare_model,
     resolve_tokenizer,
 )
@@ -84,6 +86,8 @@ class ORPOTrainer(Trainer):
         check_launch(args)
         tokenizer = resolve_tokenizer(model, processing_class, tokenizer)
         model = prepare_model(model, args, peft_config)
+        check_vocabulary(model, tokenizer)
+        self._length_rule = length_rule(model, args)
         self.data_reports: list[Any] = []
         self._planner = RowPlanner(
             pad_token_id(tokenizer), args.nll_tokens, args.per_device_train_batch_size
@@ -121,7 +125,9 @@ class ORPOTrainer(Trainer):
         if dataset is None:
             return None
         source = dataset if isinstance(dataset, RowSource) else dataset_source(name, dataset)
-        prepared = prepare_dataset(source, self.processing_class, self.args)
+        prepared = prepare_pairs(
+            source, self.processing_class, self._length_rule, self.args.on_bad_row
+        )
         self.data_reports.append(prepared.report)
         return prepared.dataset
 

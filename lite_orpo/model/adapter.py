@@ -43,9 +43,10 @@ def disable_dropout(model: nn.Module) -> None:
         if isinstance(module, nn.Dropout) and "lora_dropout" not in name.split("."):
             module.p = 0.0
     for module in model.modules():
-        # Attention layers hand their rate to a function; there is no nn.Dropout to find.
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0  # type: ignore[assignment]
+        # Some layers hand a rate to a function; there is no nn.Dropout to find.
+        for rate in ("attention_dropout", "activation_dropout", "hidden_dropout", "dropout"):
+            if isinstance(getattr(module, rate, None), float):
+                setattr(module, rate, 0.0)
 
 
 def wrap_with_adapter(model: Any, peft_config: Any) -> Any:

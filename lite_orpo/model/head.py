@@ -57,6 +57,7 @@ class ScoredHead:
         self.reason = "not verified yet"
         """Why full logits are used, where they are."""
         self._own_forward: Callable[..., Any] = causal_lm.forward
+        self._forward_is_instance_attribute = "forward" in causal_lm.__dict__
 
     @property
     def is_fused(self) -> bool:
@@ -116,6 +117,8 @@ class ScoredHead:
         if self.causal_lm.__dict__.get("_lite_orpo_head") is self:
             del self.causal_lm._lite_orpo_head
             del self.causal_lm.forward
+            if self._forward_is_instance_attribute:
+                self.causal_lm.forward = self._own_forward
 
 
 def attach_scored_head(model: Any, *, backend: str, workspace_bytes: int) -> ScoredHead:
@@ -236,6 +239,7 @@ def _find_transform(
 def _probe(causal_lm: Any, own_forward: Callable[..., Any], linear: nn.Linear) -> _Probe | None:
     device = linear.weight.device
     tokens = torch.arange(4, device=device).unsqueeze(0) % linear.weight.shape[0]
+    mask = torch.ones_like(tokens)
     seen: dict[str, Tensor] = {}
 
     def swap_input(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
@@ -246,12 +250,13 @@ def _probe(causal_lm: Any, own_forward: Callable[..., Any], linear: nn.Linear) -
 
     handle = causal_lm.get_output_embeddings().register_forward_pre_hook(swap_input)
     try:
-        logits = own_forward(input_ids=tokens, use_cache=False).logits
+        logits = own_forward(input_ids=tokens, attention_mask=mask, use_cache=False).logits
     finally:
         handle.remove()
     if not seen:
         return None
-    hidden = _backbone(causal_lm)(input_ids=tokens, use_cache=False).last_hidden_state
+    backbone = _backbone(causal_lm)
+    hidden = backbone(input_ids=tokens, attention_mask=mask, use_cache=False).last_hidden_state
     return _Probe(seen["head_input"], hidden, seen["rows"], logits)
 
 
