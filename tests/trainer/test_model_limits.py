@@ -18,13 +18,13 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path):
 
 def test_rows_never_run_past_the_models_positions(tmp_path, caplog):
     model = tiny_model()
-    model.config.max_position_embeddings = 30
+    model.config.max_position_embeddings = 40
     rows = plain_rows(20)
     rows[3] = {"prompt": "p" * 40, "chosen": "yes", "rejected": "no"}
     with caplog.at_level(logging.WARNING, logger="lite_orpo"):
         trainer = trainer_for(model, tmp_path, rows, max_length=64)
-    assert "max_length 64 is beyond the model's 30 positions: 30 is used" in caplog.text
-    assert max(row["length"] for row in trainer.train_dataset) <= 30
+    assert "max_length 64 is beyond the model's 40 positions: 40 is used" in caplog.text
+    assert max(row["length"] for row in trainer.train_dataset) <= 40
 
 
 def test_an_adapter_loaded_for_inference_is_refused_with_the_way_to_load_it(tmp_path):
