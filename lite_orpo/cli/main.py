@@ -3,6 +3,7 @@
 Each command's module is imported when that command runs; torch and transformers take seconds.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -66,6 +67,9 @@ def env() -> None:
 
 def run() -> None:
     """Run the command line; exit 2 with one line where the user can mend what is wrong."""
+    # Read when torch is loaded. Its threads otherwise spin while they wait for each other, and on
+    # a machine that does anything beside the training that made a run several times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
     except UserError as error:
