@@ -6,6 +6,8 @@ Each function refuses, in one line, what would otherwise train silently wrong.
 import logging
 from typing import Any
 
+import torch
+
 from .config.options import ModelOptions
 from .config.orpo_config import ORPOConfig
 from .data.preparation import LengthRule
@@ -94,6 +96,12 @@ def prepare_model(model: Any, args: ORPOConfig, peft_config: Any) -> Any:
         options = ModelOptions(model_name_or_path=model)
         model = load_model(options, args.device, trains_all_weights=peft_config is None)
     causal_lm = innermost_causal_lm(model)
+    get_head = getattr(causal_lm, "get_output_embeddings", None)
+    if get_head is None or get_head() is None:
+        raise ModelError(
+            f"{type(causal_lm).__name__} has no language-model head; load the model with "
+            "AutoModelForCausalLM"
+        )
     config = getattr(causal_lm, "config", None)
     refuse_encoder_decoder(config, type(causal_lm).__name__)
     if getattr(config, "output_router_logits", False):
@@ -112,10 +120,24 @@ def prepare_model(model: Any, args: ORPOConfig, peft_config: Any) -> Any:
         if causal_lm is not model:
             remedy = "load the adapter with PeftModel.from_pretrained(..., is_trainable=True)"
         raise ModelError(f"no parameter of the model is trainable; {remedy}")
+    _check_trained_dtypes(model)
     if args.gradient_checkpointing and hasattr(model, "enable_input_require_grads"):
         # A frozen embedding cuts the graph in front of the first checkpoint.
         model.enable_input_require_grads()
     return model
+
+
+def _check_trained_dtypes(model: Any) -> None:
+    dtypes = {p.dtype for p in model.parameters() if p.requires_grad}
+    remedy = "load the model with dtype=torch.float32, or train an adapter"
+    if torch.float16 in dtypes:
+        raise ModelError(
+            f"weights that train are fp16, where an optimiser step overflows or is lost; {remedy}"
+        )
+    if torch.bfloat16 in dtypes:
+        logger.warning(
+            "weights that train are bf16: steps smaller than 1/256 of a weight are lost; %s", remedy
+        )
 
 
 def check_vocabulary(model: Any, tokenizer: Any) -> None:

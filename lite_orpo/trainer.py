@@ -115,7 +115,7 @@ class ORPOTrainer(Trainer):
         self._train_parts = empty_parts(self.args.device)
         self._train_steps = 0
         self._train_tokens = 0
-        self._train_seconds = 0.0
+        self._clock: float | None = None  # start of the first step since the last log line
         self._eval_parts = empty_parts(self.args.device)
         self._eval_counts = torch.zeros(2, device=self.args.device)
 
@@ -124,6 +124,8 @@ class ORPOTrainer(Trainer):
     def _prepared(self, name: str, dataset: Any) -> Any:
         if dataset is None:
             return None
+        if "prompt_input_ids" in (getattr(dataset, "column_names", None) or ()):
+            return dataset  # the trainer's own, handed back to evaluate()
         source = dataset if isinstance(dataset, RowSource) else dataset_source(name, dataset)
         prepared = prepare_pairs(
             source, self.processing_class, self._length_rule, self.args.on_bad_row
@@ -181,8 +183,10 @@ class ORPOTrainer(Trainer):
             repeats += batch["pairs"][own:]
         if fetched == 0:
             return [], None
-        counts = torch.tensor([self._planner.count_nll_tokens(pairs), len(pairs)], device=device)
-        nll_tokens, pair_count = self.accelerator.reduce(counts, reduction="sum").tolist()
+        nll_tokens, pair_count = self._planner.count_nll_tokens(pairs), len(pairs)
+        if self.args.world_size > 1:
+            counts = torch.tensor([nll_tokens, pair_count], device=device)
+            nll_tokens, pair_count = self.accelerator.reduce(counts, reduction="sum").tolist()
         # Trainer lowers its batch size after an out-of-memory error, if it may.
         planner = self._planner._replace(pairs_per_row_batch=self._train_batch_size)
         rows = planner.plan(pairs, repeats)
@@ -207,7 +211,7 @@ class ORPOTrainer(Trainer):
         """Forward and backward of one optimiser step's rows; entries without a step do nothing."""
         if "step" not in inputs:
             return torch.zeros((), device=self.args.device)
-        started = time.perf_counter()
+        self._clock = time.perf_counter() if self._clock is None else self._clock
         model.train()
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
@@ -224,7 +228,6 @@ class ORPOTrainer(Trainer):
             self._train_parts += parts
             self._train_tokens += row.tokens
         self._train_steps += 1
-        self._train_seconds += time.perf_counter() - started
         return total * self.args.world_size
 
     def _score(
@@ -302,7 +305,10 @@ class ORPOTrainer(Trainer):
         self._eval_parts.zero_()
         # fp64 where there is any: counts beyond 2^24 must stay exact.
         self._eval_counts = empty_parts(self.args.device)[:2]
+        started = time.perf_counter()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self._clock is not None:
+            self._clock += time.perf_counter() - started
         parts = self.accelerator.reduce(self._eval_parts, reduction="sum")
         tokens, pairs = self.accelerator.reduce(self._eval_counts, reduction="sum").tolist()
         divisors = [max(tokens, 1.0)] + [max(pairs, 1.0)] * (len(parts) - 1)
@@ -318,16 +324,17 @@ class ORPOTrainer(Trainer):
         """Add the metrics of the steps since the last log line."""
         if "loss" in logs and self._train_steps:
             parts = self.accelerator.reduce(self._train_parts, reduction="sum")
-            averages = (parts / self._train_steps).tolist()
+            averages = (parts / self._train_steps).tolist()  # waits for the device
+            seconds = time.perf_counter() - (self._clock or 0.0)
             logs.update(named_metrics(averages, self._scale))
             local = torch.tensor(
                 float(self._train_tokens), dtype=torch.float32, device=self.args.device
             )
             tokens = float(self.accelerator.reduce(local, reduction="sum"))
-            logs["lite_orpo/tokens_per_second"] = tokens / max(self._train_seconds, 1e-9)
+            logs["lite_orpo/tokens_per_second"] = tokens / max(seconds, 1e-9)
             self._train_parts.zero_()
             self._train_steps = self._train_tokens = 0
-            self._train_seconds = 0.0
+            self._clock = None
         super().log(logs, start_time)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:

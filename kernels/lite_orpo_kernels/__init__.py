@@ -6,12 +6,14 @@ nothing of `lite_orpo`. The public functions are below; everything else is priva
 
 from .linear_logprobs import Backend, fused_linear_logprobs, select_backend
 from .orpo import ORPOLoss, fused_orpo_loss, orpo_loss
+from .reference import logprobs_from_logits
 
 __all__ = [
     "Backend",
     "ORPOLoss",
     "fused_linear_logprobs",
     "fused_orpo_loss",
+    "logprobs_from_logits",
     "orpo_loss",
     "select_backend",
 ]

@@ -282,8 +282,14 @@ class _ChunkedLogProbs(torch.autograd.Function):
         return -F.softplus(log_odds_against, threshold=60.0)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_logps: Tensor) -> tuple[Tensor | None, ...]:
+        # Grad mode is on here only under create_graph=True. torch's once_differentiable would
+        # let that pass, and drop this function's part of the second derivative silently.
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "the fused log-probabilities are differentiable once; for second derivatives use "
+                'backend="reference"'
+            )
         if ctx.head_is_frozen:
             miss, direction = ctx.saved_tensors
             scale = (grad_logps * miss).unsqueeze(1)

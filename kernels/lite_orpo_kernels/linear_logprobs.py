@@ -4,6 +4,7 @@ Here are the argument checks and the choice of backend; the arithmetic is in the
 own files (`reference.py` eager, `chunked.py` bounded memory).
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -72,7 +73,7 @@ def fused_linear_logprobs(
         logit_scale: factor on the logits (Cohere's `logit_scale`, 1 / Granite's scaling).
         softcap: Gemma 2's final soft-cap, or None.
         ignore_index: rows with this target return 0.0, get no gradient, and are left out
-            before the matrix product.
+            before the matrix product. Finding them waits for the device once.
         backend: "auto", "chunked" or "reference".
         workspace_bytes: bound on the temporaries of the chunked backend, beside a few [rows, D].
 
@@ -151,8 +152,8 @@ def _check(
             raise ValueError(f"{name} is on {tensor.device} but hidden is on {hidden.device}")
     if bias is not None and bias.shape != (weight.shape[0],):
         raise ValueError(f"bias must be [V] = [{weight.shape[0]}], found {tuple(bias.shape)}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be positive or None, found {softcap}")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap must be positive and finite or None, found {softcap}")
     if workspace_bytes <= 0:
         raise ValueError(f"workspace_bytes must be positive, found {workspace_bytes}")
 

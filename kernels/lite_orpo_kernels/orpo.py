@@ -107,6 +107,8 @@ def _check(
             f"{name}, completion_ids and nll_mask must be [M] alike: "
             f"{tuple(rows.shape)}, {tuple(completion_ids.shape)}, {tuple(nll_mask.shape)}"
         )
+    if nll_mask.dtype != torch.bool:
+        raise ValueError(f"nll_mask must be bool, found {nll_mask.dtype}")
     if pair_count < 0:
         raise ValueError(f"pair_count must not be negative, found {pair_count}")
     # On other devices looking would wait for the device.

@@ -11,6 +11,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def logprobs_from_logits(logits: Tensor, targets: Tensor) -> Tensor:
+    """Log-probability of each target from full logits, accurate where the model is sure of it.
+
+    Args:
+        logits: [M, V], already transformed; half precision is raised to fp32.
+        targets: [M] int64 token ids.
+
+    Returns:
+        [M] fp32 log-probabilities (fp64 for fp64 logits).
+    """
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    column = targets.unsqueeze(1)
+    target_logit = logits.gather(1, column).squeeze(1)
+    rest = torch.logsumexp(logits.scatter(1, column, float("-inf")), dim=1)
+    return -F.softplus(rest - target_logit, threshold=60.0)
+
+
 def linear_logprobs_reference(
     hidden: Tensor,
     weight: Tensor,
@@ -45,11 +62,8 @@ def linear_logprobs_reference(
     logits = logits * logit_scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    column = targets[keep].unsqueeze(1)
-    target_logit = logits.gather(1, column).squeeze(1)
-    rest = torch.logsumexp(logits.scatter(1, column, float("-inf")), dim=1)
     logps = torch.zeros(targets.shape, dtype=logits.dtype, device=logits.device)
-    return logps.masked_scatter(keep, -F.softplus(rest - target_logit, threshold=60.0))
+    return logps.masked_scatter(keep, logprobs_from_logits(logits, targets[keep]))
 
 
 def orpo_loss_reference(

@@ -25,12 +25,15 @@ from ..report.metrics_file import MetricsFile, read_metrics
 from ..report.progress import TrainingProgress
 from ..report.samples import Answered, Sample, answer, pick_samples
 from ..trainer import ORPOTrainer
+from .library_refusals import library_refusals
+from .output_folder import (
+    CONFIG_FILE,
+    CURVES_FILE,
+    METRICS_FILE,
+    check_output_dir,
+    remove_earlier_run,
+)
 from .train_output import print_outcome, print_samples, print_start, print_usage
-
-METRICS_FILE = "metrics.jsonl"
-CURVES_FILE = "curves.png"
-CONFIG_FILE = "config.resolved.yaml"
-FINISHED_MARKS = ("adapter_model.safetensors", "model.safetensors", METRICS_FILE)
 
 
 class _Sources(NamedTuple):
@@ -53,19 +56,22 @@ def run_training(path: Path, overrides: dict[str, Setting]) -> None:
     started = time.perf_counter()
     config = load_run_config(path, overrides)
     sources = _open_sources(config)
-    _check_output_dir(config)
-    trainer = _build_trainer(config, sources, console)
+    check_output_dir(config)
+    with library_refusals(path, (ImportError, ValueError, RuntimeError, OSError)):
+        trainer = _build_trainer(config, sources, console)
     output_dir = Path(config.training.output_dir)
     if trainer.is_world_process_zero():
+        is_resumed = bool(config.training.resume_from_checkpoint)
+        if config.report.overwrite_output_dir and not is_resumed:
+            remove_earlier_run(output_dir)
         write_settings(output_dir / CONFIG_FILE, config.as_settings())
     print_start(console, config, trainer, trainable_parameters(trainer.model))
     has_held_out = trainer.eval_dataset is not None
-    before: dict[str, float] = {}
-    if has_held_out and config.report.eval_before_training:
-        before = trainer.evaluate()
+    before = _metrics_before(trainer, config, output_dir)
     samples = _samples(config, trainer, sources)
     base_answers = _answers_before(trainer, config, samples)
-    trainer.train(resume_from_checkpoint=config.training.resume_from_checkpoint)
+    with library_refusals(path, (ImportError,)):
+        trainer.train(resume_from_checkpoint=config.training.resume_from_checkpoint)
     after = _held_out_metrics(trainer) if has_held_out else {}
     trainer.save_model()
     trainer.save_state()
@@ -128,22 +134,6 @@ def _test_split(config: RunConfig) -> RowSource | None:
         return None
 
 
-def _check_output_dir(config: RunConfig) -> None:
-    folder = Path(config.training.output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"output_dir: {folder} is a file; name a folder")
-    # Only one rank looks: another may find what the first has just begun to write.
-    is_resumed = bool(config.training.resume_from_checkpoint)
-    if config.report.overwrite_output_dir or is_resumed or config.training.process_index != 0:
-        return
-    found = [name for name in FINISHED_MARKS if (folder / name).exists()]
-    if found:
-        raise ConfigError(
-            f"output_dir: {folder} holds an earlier run ({found[0]}); choose another folder, "
-            "set resume_from_checkpoint, or set overwrite_output_dir=true"
-        )
-
-
 def _build_trainer(config: RunConfig, sources: _Sources, console: Console) -> ORPOTrainer:
     from transformers import PrinterCallback, set_seed
 
@@ -169,6 +159,17 @@ def _build_trainer(config: RunConfig, sources: _Sources, console: Console) -> OR
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _metrics_before(trainer: ORPOTrainer, config: RunConfig, output_dir: Path) -> dict[str, float]:
+    """Held-out figures of the base model: measured, or those of the run that is resumed."""
+    if trainer.eval_dataset is None or not config.report.eval_before_training:
+        return {}
+    if not config.training.resume_from_checkpoint:
+        return trainer.evaluate()
+    metrics_file = output_dir / METRICS_FILE
+    lines = read_metrics(metrics_file) if metrics_file.exists() else []
+    return next((line for line in lines if line["step"] == 0 and "eval_loss" in line), {})
 
 
 def _samples(config: RunConfig, trainer: ORPOTrainer, sources: _Sources) -> list[Sample]:
@@ -198,13 +199,15 @@ def _answers_after(
             base_answers = answer(model, tokenizer, samples, length)
     trained_answers = answer(model, tokenizer, samples, length)
     return [
-        Answered(sample.text, before, after, sample.chosen)
+        Answered(sample.text, before, after)
         for sample, before, after in zip(samples, base_answers, trained_answers, strict=True)
     ]
 
 
 def _held_out_metrics(trainer: ORPOTrainer) -> dict[str, float]:
     """The evaluation of the final weights; made now unless the last step made it."""
+    if trainer.args.load_best_model_at_end:
+        return trainer.evaluate()  # the weights are another checkpoint's than the last figures
     for line in reversed(trainer.state.log_history):
         if line.get("step") != trainer.state.global_step:
             break

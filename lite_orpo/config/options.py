@@ -36,7 +36,7 @@ class LoraOptions:
     lora_r: int = _option(16, "rank")
     lora_alpha: int = _option(32, "the adapter is scaled by alpha / r")
     lora_dropout: float = _option(0.0, "dropout on the adapter's input")
-    lora_target_modules: list[str] | None = _option(
+    lora_target_modules: list[str] | str | None = _option(
         None, "module names; default: all linear layers but the output head"
     )
     lora_modules_to_save: list[str] | None = _option(None, "modules trained in full beside it")

@@ -4,6 +4,7 @@ Settings of the loss, of row lengths and of the fused head are here; which model
 data a command-line run uses is in `options.py`.
 """
 
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -22,6 +23,11 @@ def _setting(default: Any, text: str) -> Any:
 def gpu_has_bf16() -> bool:
     """Whether the current CUDA device computes in bf16 itself (a T4 only emulates it)."""
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def _is_number(value: Any) -> bool:
+    is_real = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_real and math.isfinite(value)
 
 
 @dataclass
@@ -70,6 +76,7 @@ class ORPOConfig(TrainingArguments):
     def __post_init__(self) -> None:
         """Resolve what depends on the device, check our own settings, then transformers'."""
         self._check_loss_settings()
+        self._check_run_settings()
         self._check_data_settings()
         self._resolve_precision()
         self._resolve_activation_checkpointing()
@@ -106,10 +113,34 @@ class ORPOConfig(TrainingArguments):
             )
         for name in ("beta", "orpo_alpha"):
             value = getattr(self, name)
-            if value is not None and not value >= 0:
-                raise ConfigError(f"{name} must not be negative, found {value}")
-        if self.orpo_beta is not None and not self.orpo_beta > 0:
-            raise ConfigError(f"orpo_beta must be positive, found {self.orpo_beta}")
+            if value is not None and not (_is_number(value) and value >= 0):
+                raise ConfigError(f"{name} must be a number and not negative, found {value!r}")
+        if self.orpo_beta is not None and not (_is_number(self.orpo_beta) and self.orpo_beta > 0):
+            raise ConfigError(f"orpo_beta must be a positive number, found {self.orpo_beta!r}")
+
+    def _check_run_settings(self) -> None:
+        for name, least in (
+            ("per_device_train_batch_size", 1),
+            ("per_device_eval_batch_size", 1),
+            ("gradient_accumulation_steps", 1),
+            ("seed", 0),
+            ("learning_rate", 0),
+        ):
+            value = getattr(self, name)
+            if not _is_number(value) or value < least:
+                raise ConfigError(f"{name} must be a number of at least {least}, found {value!r}")
+        if self.max_steps <= 0 and not self.num_train_epochs > 0:
+            raise ConfigError(f"num_train_epochs must be positive, found {self.num_train_epochs}")
+        for name in ("fsdp", "deepspeed"):
+            if getattr(self, name):
+                raise ConfigError(
+                    f"{name} is not supported yet; use plain data parallelism, "
+                    "`accelerate launch --multi_gpu ...`"
+                )
+        if self.load_best_model_at_end and str(self.eval_strategy) in ("no", "IntervalStrategy.NO"):
+            raise ConfigError(
+                "load_best_model_at_end needs evaluations to choose by; set eval_strategy"
+            )
 
     def _check_data_settings(self) -> None:
         choices = {
@@ -122,8 +153,8 @@ class ORPOConfig(TrainingArguments):
                 raise ConfigError(
                     f"{name} must be {' or '.join(allowed)}, found {getattr(self, name)!r}"
                 )
-        if self.max_length is not None and self.max_length < 2:
-            raise ConfigError(f"max_length must be at least 2 or null, found {self.max_length}")
+        if self.max_length is not None and (not _is_number(self.max_length) or self.max_length < 2):
+            raise ConfigError(f"max_length must be at least 2 or null, found {self.max_length!r}")
         if self.loss_workspace_mib < 1:
             raise ConfigError(
                 f"loss_workspace_mib must be at least 1, found {self.loss_workspace_mib}"
@@ -131,6 +162,14 @@ class ORPOConfig(TrainingArguments):
 
     def _resolve_precision(self) -> None:
         on_cuda = torch.cuda.is_available() and not self.use_cpu
+        has_gpu = on_cuda or torch.backends.mps.is_available()
+        if self.bf16 and not has_gpu and not self.use_cpu:
+            raise ConfigError(
+                "bf16: there is no GPU here; leave it unset, or set use_cpu: true for (slow) "
+                "bf16 on the CPU"
+            )
+        if self.fp16 and not has_gpu:
+            raise ConfigError("fp16 needs a GPU; leave it unset")
         if self.bf16 is None:
             self.bf16 = on_cuda and not self.fp16 and gpu_has_bf16()
         if self.fp16 is None:

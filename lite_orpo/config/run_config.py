@@ -83,11 +83,17 @@ def load_run_config(path: Path, overrides: dict[str, Setting]) -> RunConfig:
     training = _build_training_arguments(chosen[ORPOConfig], path)
     given = {k: v for values in chosen.values() for k, v in values.items()}
     model, lora, data, report = (group(**chosen[group]) for group in OPTION_GROUPS)
+    if report.sample_prompts < 0 or report.sample_max_new_tokens < 1:
+        raise ConfigError(
+            f"{path}: sample_prompts must be at least 0 and sample_max_new_tokens at least 1"
+        )
     return RunConfig(model, lora, data, report, training, given)
 
 
 def _settable_hints(group: type[Any]) -> dict[str, Any]:
     hints = typing.get_type_hints(group)
+    # `true` is the newest checkpoint of output_dir, as in Trainer.train.
+    hints["resume_from_checkpoint"] = str | bool | None
     return {
         f.name: hints[f.name]
         for f in dataclasses.fields(group)

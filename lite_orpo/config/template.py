@@ -39,7 +39,7 @@ learning_rate: 5.0e-5
 lr_scheduler_type: cosine
 warmup_steps: 10
 logging_steps: 10
-eval_strategy: epoch                # needs held-out pairs; otherwise: no
+eval_strategy: "no"                 # with held-out pairs also: epoch, or steps and eval_steps
 save_strategy: epoch
 seed: 42
 

@@ -44,6 +44,7 @@ class PreparationReport:
     dropped: int = 0
     special_text_rows: int = 0
     first_special_text: str = ""
+    repeated_prompt_rows: int = 0
     problems: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[DroppedRow]] = field(default_factory=dict)
 
@@ -70,6 +71,11 @@ class PreparationReport:
             more = ", ..." if count > EXAMPLES_SHOWN else ""
             lines.append(
                 f"  {count} left out: column {first.column!r} {first.problem} ({places}{more})"
+            )
+        if self.repeated_prompt_rows:
+            lines.append(
+                f"  {self.repeated_prompt_rows} rows whose completions begin with the prompt "
+                "again: the model sees it twice; take it out of the completions"
             )
         if self.special_text_rows:
             lines.append(
@@ -155,6 +161,7 @@ def _records(
             continue
         report.kept += 1
         report.cut += len(fitted.prompt) < len(pair.prompt)
+        report.repeated_prompt_rows += _repeats_prompt(row)
         _note_special_texts(row, tokenizer, place, report)
         yield {
             "prompt_input_ids": fitted.prompt,
@@ -187,6 +194,13 @@ def _fit(pair: TokenizedPair, rule: LengthRule) -> TokenizedPair:
         )
     # The first token (BOS, or the template's opening) stays; the oldest text after it goes.
     return pair._replace(prompt=[pair.prompt[0], *pair.prompt[len(pair.prompt) - room + 1 :]])
+
+
+def _repeats_prompt(row: PreferenceRow) -> bool:
+    if not isinstance(row.prompt, str) or not row.prompt.strip():
+        return False
+    prompt = row.prompt
+    return str(row.chosen).startswith(prompt) and str(row.rejected).startswith(prompt)
 
 
 def _note_special_texts(

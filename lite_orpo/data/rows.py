@@ -52,6 +52,8 @@ def parse_row(row: Any) -> PreferenceRow:
         _check_present(row, "prompt")
         parsed = PreferenceRow(row["prompt"], row["chosen"], row["rejected"])
     _check_kinds(parsed)
+    if parsed.is_conversational:
+        _check_conversation(parsed)
     if parsed.chosen == parsed.rejected:
         raise RowProblem("rejected", "is identical to column 'chosen': nothing to prefer")
     return parsed
@@ -102,6 +104,22 @@ def _check_kinds(row: PreferenceRow) -> None:
             "prompt",
             f"is {prompt_kind} but the completions are {completion_kind}; give both in one form",
         )
+
+
+def _check_conversation(row: PreferenceRow) -> None:
+    prompt = list(row.prompt)
+    for column, messages in (("chosen", row.chosen), ("rejected", row.rejected)):
+        if list(messages[: len(prompt)]) == prompt:
+            raise RowProblem(
+                column,
+                "begins with the messages of column 'prompt' again; leave one of the two out",
+            )
+        if messages[-1]["role"] != "assistant":  # type: ignore[index]
+            raise RowProblem(
+                column,
+                f"ends with a message of role {messages[-1]['role']!r}, "  # type: ignore[index]
+                "not with the assistant's answer",
+            )
 
 
 def _check_messages(column: str, messages: list[Any]) -> None:

@@ -34,9 +34,7 @@ class RowSource(NamedTuple):
     """Number of rows, where it is known without reading."""
 
 
-def open_source(
-    name: str, *, split: str, config_name: str | None = None, trust_remote_code: bool = False
-) -> RowSource:
+def open_source(name: str, *, split: str, config_name: str | None = None) -> RowSource:
     """Find a data set by the name a user gives.
 
     Args:
@@ -44,7 +42,6 @@ def open_source(
             name on the hub.
         split: the split of a folder or hub data set.
         config_name: the configuration of a hub data set.
-        trust_remote_code: refused where true; `datasets` no longer runs scripts.
 
     Returns:
         The source; a local file is not read yet.
@@ -79,6 +76,13 @@ def dataset_source(name: str, dataset: Any) -> RowSource:
     if isinstance(dataset, dict):
         splits = ", ".join(repr(str(split)) for split in dataset)
         raise DataError(f"{name} is a dictionary of splits ({splits}); pass one of them")
+    if isinstance(dataset, str):
+        raise DataError(
+            f"{name} is the text {dataset!r}; pass the rows, such as "
+            "datasets.load_dataset('json', data_files=...)['train']"
+        )
+    if hasattr(dataset, "iloc"):
+        raise DataError(f"{name} is a data frame; pass datasets.Dataset.from_pandas(...) of it")
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise DataError(
             f"{name} is a {type(dataset).__name__} without a length; "
@@ -109,7 +113,10 @@ def _read_json_lines(path: Path) -> Iterator[LocatedRow]:
         if not line.strip():
             continue
         try:
-            yield LocatedRow(f"line {number}", json.loads(line))
+            row = json.loads(line, object_pairs_hook=_object_without_repeats)
+            yield LocatedRow(f"line {number}", row)
+        except _RepeatedKey as error:
+            raise DataError(f"{path} line {number}: key {error} stands there twice") from None
         except json.JSONDecodeError as error:
             raise DataError(
                 f"{path} line {number}: not valid JSON ({error.msg} at column {error.colno}); "
@@ -117,6 +124,18 @@ def _read_json_lines(path: Path) -> Iterator[LocatedRow]:
             ) from None
         except RecursionError:
             raise DataError(f"{path} line {number}: nested too deeply to be a row") from None
+
+
+class _RepeatedKey(Exception):
+    pass
+
+
+def _object_without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise _RepeatedKey(repr(next(key for key in keys if keys.count(key) > 1)))
+    return row
 
 
 def _text_lines(path: Path) -> Iterator[str]:
@@ -144,6 +163,10 @@ def _text_lines(path: Path) -> Iterator[str]:
 
 def _read_json(path: Path) -> Iterator[LocatedRow]:
     text = "".join(_text_lines(path))
+    if _is_one_object(text):
+        raise DataError(
+            f"{path}: the file is one JSON object; expected a list of rows, or one row a line"
+        )
     if text.lstrip()[:1] != "[":
         # Many files called .json hold JSON lines.
         yield from _read_json_lines(path)
@@ -154,6 +177,14 @@ def _read_json(path: Path) -> Iterator[LocatedRow]:
         raise DataError(f"{path}: not valid JSON ({error}); mend the file") from None
     for index, row in enumerate(rows):
         yield LocatedRow(f"entry {index}", row)
+
+
+def _is_one_object(text: str) -> bool:
+    try:
+        value = json.loads(text)
+    except (json.JSONDecodeError, RecursionError):
+        return False
+    return isinstance(value, dict) and "chosen" not in value
 
 
 def _table_source(path: Path) -> RowSource:

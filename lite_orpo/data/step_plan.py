@@ -76,8 +76,9 @@ class RowPlanner(NamedTuple):
 
         Args:
             pairs: the pairs of the step.
-            repeats: pairs that a sampler repeated to even out the ranks. They pass through the
-                trunk, so that every rank has a backward pass, but nothing of them is scored.
+            repeats: pairs that a sampler repeated to even out the ranks. Nothing of them is
+                scored; a rank that has no other pair passes one through the trunk, so that it
+                takes part in the backward pass.
 
         Returns:
             At least one row batch for any pair.

@@ -8,7 +8,7 @@ long, and what then, is decided in `preparation.py`.
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from jinja2.exceptions import TemplateError
+from jinja2.exceptions import TemplateError, TemplateSyntaxError
 
 from ..errors import DataError, RowProblem
 from .rows import PreferenceRow
@@ -123,7 +123,22 @@ def _chat_texts(row: PreferenceRow, tokenizer: Tokenizer) -> _Texts:
     shared = _common_prefix_length(prompt, full["chosen"], full["rejected"])
     if shared == 0:
         raise RowProblem("prompt", "is changed from its first character on by the chat template")
+    for column, text in full.items():
+        if _splits_special_token(text, shared, tokenizer):
+            raise RowProblem(
+                column,
+                "is written by the chat template in a way that leaves no border between prompt "
+                "and answer",
+            )
     return _Texts(prompt[:shared], full["chosen"][shared:], full["rejected"][shared:])
+
+
+def _splits_special_token(text: str, border: int, tokenizer: Tokenizer) -> bool:
+    for token in tokenizer.all_special_tokens:
+        start = text.find(token, max(0, border - len(token) + 1))
+        if 0 <= start < border:
+            return True
+    return False
 
 
 def _common_prefix_length(prompt: str, chosen: str, rejected: str) -> int:
@@ -136,5 +151,9 @@ def _common_prefix_length(prompt: str, chosen: str, rejected: str) -> int:
 def _render(tokenizer: Tokenizer, messages: Any, column: str, **options: bool) -> str:
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+    except TemplateSyntaxError as error:
+        raise DataError(
+            f"the chat template is no valid Jinja, line {error.lineno}: {error.message}"
+        ) from None
     except TemplateError as error:
         raise RowProblem(column, f"is refused by the chat template: {error}") from None

@@ -21,14 +21,17 @@ def lora_config(options: LoraOptions) -> Any | None:
         return None
     from peft import LoraConfig
 
+    # PEFT's word for every linear layer but the output head.
+    targets = options.lora_target_modules or "all-linear"
+    if isinstance(targets, str) and targets.isidentifier():
+        targets = [targets]  # PEFT takes text for a pattern of whole paths
     try:
         return LoraConfig(
             task_type="CAUSAL_LM",
             r=options.lora_r,
             lora_alpha=options.lora_alpha,
             lora_dropout=options.lora_dropout,
-            # PEFT's word for every linear layer but the output head.
-            target_modules=options.lora_target_modules or "all-linear",
+            target_modules=targets,
             modules_to_save=options.lora_modules_to_save,
             use_rslora=options.use_rslora,
             use_dora=options.use_dora,
@@ -76,6 +79,10 @@ def wrap_with_adapter(model: Any, peft_config: Any) -> Any:
             "pass the wrapped model without peft_config, or merge the adapter first"
         )
     refuse_virtual_tokens(peft_config)
+    names = {part for name, _ in model.named_modules() for part in name.split(".")}
+    for wanted in getattr(peft_config, "modules_to_save", None) or ():
+        if wanted.split(".")[-1] not in names:
+            raise ModelError(f"modules_to_save: {type(model).__name__} has no module {wanted!r}")
     try:
         return get_peft_model(model, peft_config)
     except ValueError as error:

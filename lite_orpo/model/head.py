@@ -23,7 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lite_orpo_kernels import fused_linear_logprobs
+from lite_orpo_kernels import fused_linear_logprobs, logprobs_from_logits, select_backend
+
+from ..errors import ModelError
 
 logger = logging.getLogger(__name__)
 
@@ -95,8 +97,7 @@ class ScoredHead:
         if self.transform is None:
             output = self._own_forward(*args, use_cache=False, **kwargs)
             rows = output.logits.flatten(0, 1).index_select(0, index)
-            logps = torch.log_softmax(rows.float(), dim=-1)
-            return logps.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+            return logprobs_from_logits(rows, targets)
         output = _backbone(self.causal_lm)(*args, use_cache=False, **_for_backbone(kwargs))
         rows = output.last_hidden_state.flatten(0, 1).index_select(0, index)
         linear = _plain_linear(self.causal_lm.get_output_embeddings())
@@ -131,7 +132,14 @@ def attach_scored_head(model: Any, *, backend: str, workspace_bytes: int) -> Sco
 
     Returns:
         The attached head; call `verify()` when the model is on its device.
+
+    Raises:
+        ModelError: the backend is unknown.
     """
+    try:
+        select_backend("cpu", backend)
+    except ValueError as error:
+        raise ModelError(f"loss_backend: {error}") from None
     causal_lm = innermost_causal_lm(model)
     previous = causal_lm.__dict__.get("_lite_orpo_head")
     if previous is not None:

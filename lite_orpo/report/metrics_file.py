@@ -17,9 +17,23 @@ class MetricsFile(TrainerCallback):
 
     def __init__(self, path: Path, *, append: bool) -> None:
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not append:
-            path.write_text("", encoding="utf-8")
+        self._append = append
+        self._is_open = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Drop what an interrupted run logged after the checkpoint that is resumed from."""
+        if self._append and state.is_world_process_zero and self.path.exists():
+            kept = [line for line in read_metrics(self.path) if line["step"] <= state.global_step]
+            text = "".join(json.dumps(line) + "\n" for line in kept)
+            self.path.write_text(text, encoding="utf-8")
+
+    def _open(self) -> None:
+        # Not before there is something to write: a run that fails at its data or model must not
+        # cost an earlier run its figures.
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if not self._append:
+            self.path.write_text("", encoding="utf-8")
+        self._is_open = True
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
@@ -27,6 +41,8 @@ class MetricsFile(TrainerCallback):
         """Append one line, on the main process only."""
         if not state.is_world_process_zero or not logs:
             return
+        if not self._is_open:
+            self._open()
         line = json.dumps({"step": state.global_step, **logs})
         with self.path.open("a", encoding="utf-8") as stream:
             stream.write(line + "\n")

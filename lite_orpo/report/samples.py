@@ -15,11 +15,10 @@ from ..errors import RowProblem
 
 
 class Sample(NamedTuple):
-    """One held-out prompt: its text, its tokens, and the answer that was preferred."""
+    """One held-out prompt: its text and its tokens."""
 
     text: str
     token_ids: list[int]
-    chosen: str
 
 
 class Answered(NamedTuple):
@@ -28,7 +27,6 @@ class Answered(NamedTuple):
     prompt: str
     before: str
     after: str
-    chosen: str
 
 
 def pick_samples(dataset: Any, source: RowSource, count: int) -> list[Sample]:
@@ -54,9 +52,7 @@ def pick_samples(dataset: Any, source: RowSource, count: int) -> list[Sample]:
                 row = parse_row(raw)
             except RowProblem:  # the file changed since it was tokenised
                 continue
-            samples.append(
-                Sample(_last_text(row.prompt), list(wanted.pop(number)), _last_text(row.chosen))
-            )
+            samples.append(Sample(_last_text(row.prompt), list(wanted.pop(number))))
         if not wanted:
             break
     return samples

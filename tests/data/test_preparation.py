@@ -202,3 +202,9 @@ def test_without_the_datasets_package_the_ids_stay_in_a_list(tokenizer, monkeypa
     data = prepare(GOOD, tokenizer).dataset
     assert isinstance(data, list)
     assert data == expected
+
+
+def test_completions_that_repeat_the_prompt_are_counted_and_shown(tokenizer):
+    doubled = {"prompt": "Q: hi A:", "chosen": "Q: hi A: yes", "rejected": "Q: hi A: no"}
+    _, report = prepare([*GOOD, doubled], tokenizer)
+    assert "1 rows whose completions begin with the prompt again" in report.lines()[1]

@@ -79,3 +79,38 @@ def test_what_cannot_be_trained_on_is_named(row, column, words):
     assert caught.value.column == column
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "column", "words"),
+    [
+        pytest.param(
+            {
+                "prompt": [{"role": "user", "content": "hi"}],
+                "chosen": [
+                    {"role": "user", "content": "hi"},
+                    {"role": "assistant", "content": "a"},
+                ],
+                "rejected": [{"role": "assistant", "content": "b"}],
+            },
+            "chosen",
+            "begins with the messages of column 'prompt' again",
+            id="prompt-twice",
+        ),
+        pytest.param(
+            {
+                "prompt": [{"role": "user", "content": "hi"}],
+                "chosen": [{"role": "assistant", "content": "a"}],
+                "rejected": [{"role": "user", "content": "b"}],
+            },
+            "rejected",
+            "not with the assistant's answer",
+            id="user-last",
+        ),
+    ],
+)
+def test_a_conversation_without_a_border_is_no_pair(row, column, words):
+    with pytest.raises(RowProblem) as caught:
+        parse_row(row)
+    assert caught.value.column == column
+    assert words in caught.value.problem

@@ -170,3 +170,17 @@ def test_a_dictionary_of_splits_and_a_stream_are_refused():
     assert "dictionary of splits ('train')" in message
     message = refused(lambda: dataset_source("train_dataset", iter(ROWS)))
     assert "without a length" in message
+
+
+def test_a_key_that_stands_twice_in_a_row_is_an_error_with_its_line(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text('{"prompt": "a", "chosen": "b", "chosen": "c", "rejected": "d"}\n')
+    with pytest.raises(DataError, match="line 1: key 'chosen' stands there twice"):
+        list(open_source(str(path), split="train").read())
+
+
+def test_a_json_file_that_is_one_object_is_no_list_of_rows(tmp_path):
+    path = tmp_path / "pairs.json"
+    path.write_text('{"data": [{"prompt": "a", "chosen": "b", "rejected": "c"}]}')
+    with pytest.raises(DataError, match="one JSON object; expected a list of rows"):
+        list(open_source(str(path), split="train").read())

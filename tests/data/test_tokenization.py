@@ -144,3 +144,12 @@ def test_special_tokens_standing_as_text_are_found(chatml_tokenizer):
     assert special_texts_in(CHAT._replace(prompt=[spoken]), chatml_tokenizer) == ["<|im_end|>"]
     plain = PLAIN._replace(rejected="a <pad> b")
     assert special_texts_in(plain, chatml_tokenizer) == ["<pad>"]
+
+
+def test_a_template_that_is_no_jinja_is_named_as_such_not_blamed_on_the_rows():
+    broken = char_tokenizer(template="{% for m in messages %}")
+    question = [{"role": "user", "content": "q"}]
+    answers = [[{"role": "assistant", "content": text}] for text in ("a", "b")]
+    row = parse_row({"prompt": question, "chosen": answers[0], "rejected": answers[1]})
+    with pytest.raises(DataError, match="the chat template is no valid Jinja, line 1"):
+        tokenize_pair(row, broken)

@@ -31,8 +31,30 @@ def test_a_resumed_run_goes_on_with_the_file_and_a_new_one_starts_it(tmp_path):
     MetricsFile(path, append=False).on_log(None, state(1), None, logs=LOGS)
     MetricsFile(path, append=True).on_log(None, state(2), None, logs=LOGS)
     assert [line["step"] for line in read_metrics(path)] == [1, 2]
+    MetricsFile(path, append=False).on_log(None, state(7), None, logs=LOGS)
+    assert [line["step"] for line in read_metrics(path)] == [7]
+
+
+def test_a_run_that_never_logs_leaves_an_earlier_file_alone(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("earlier\n")
     MetricsFile(path, append=False)
-    assert read_metrics(path) == []
+    assert path.read_text() == "earlier\n"
+
+
+def test_resuming_drops_what_was_logged_after_the_checkpoint(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    first = MetricsFile(path, append=False)
+    for step in (1, 2, 3):
+        first.on_log(None, state(step), None, logs=LOGS)
+    resumed = MetricsFile(path, append=True)
+    resumed.on_train_begin(None, state(2), None)
+    resumed.on_log(None, state(3), None, logs={"loss": 9.0})
+    assert [(line["step"], line["loss"]) for line in read_metrics(path)] == [
+        (1, 1.5),
+        (2, 1.5),
+        (3, 9.0),
+    ]
 
 
 def test_only_the_main_process_writes(tmp_path):
@@ -40,7 +62,7 @@ def test_only_the_main_process_writes(tmp_path):
     other.is_world_process_zero = False
     path = tmp_path / "metrics.jsonl"
     MetricsFile(path, append=False).on_log(None, other, None, logs=LOGS)
-    assert path.read_text() == ""
+    assert not path.exists()
 
 
 def test_curves_become_a_png_with_held_out_points(tmp_path):

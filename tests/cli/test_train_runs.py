@@ -1,0 +1,152 @@
+"""`lite-orpo train` from a user's side: second runs, resuming, and what must not be mixed."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from lite_orpo.cli.main import run
+from lite_orpo.report.metrics_file import read_metrics
+
+ROOT = Path(__file__).parents[2]
+SHORT = [
+    "max_steps=4",
+    "per_device_train_batch_size=2",
+    "gradient_accumulation_steps=1",
+    "logging_steps=1",
+    "eval_strategy=no",
+    "sample_prompts=0",
+    "save_plots=false",
+]
+
+
+@pytest.fixture
+def train(tmp_path, monkeypatch, capsys):
+    """Run the command in this process; returns (exit code, what stderr said, output folder)."""
+    monkeypatch.chdir(ROOT)
+    data = tmp_path / "pairs.jsonl"
+    lines = (ROOT / "examples/demo_data/train.jsonl").read_text().splitlines()[:20]
+    data.write_text("\n".join(lines))
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text("\n".join(lines[:4]))
+    folder = tmp_path / "out"
+
+    def call(*words: str) -> tuple[int, str, Path]:
+        command = ["lite-orpo", "train", "examples/demo.yaml", *SHORT]
+        command += ["overwrite_output_dir=false", f"output_dir={folder}"]
+        given = {word.split("=")[0] for word in words}
+        command = [word for word in command if word.split("=")[0] not in given]
+        command += [f"dataset_name={data}"] * ("dataset_name" not in given)
+        command += [f"eval_dataset_name={held_out}"] * ("eval_dataset_name" not in given)
+        monkeypatch.setattr(sys, "argv", [*command, *words])
+        code = 0
+        try:
+            run()
+        except SystemExit as stopped:
+            code = int(stopped.code or 0)
+        return code, capsys.readouterr().err, folder
+
+    return call
+
+
+def test_a_second_run_is_refused_until_it_may_overwrite(train):
+    assert train()[0] == 0
+    code, error, folder = train()
+    assert code == 2 and "holds an earlier run" in error
+    before = load_file(folder / "adapter_model.safetensors")
+    assert train("overwrite_output_dir=true", "seed=5")[0] == 0
+    after = load_file(folder / "adapter_model.safetensors")
+    assert any(not (before[name] == after[name]).all() for name in before)
+
+
+def test_overwriting_leaves_nothing_of_the_earlier_run_to_be_loaded(train):
+    assert train("save_strategy=steps", "save_steps=2")[0] == 0
+    code, _, folder = train("overwrite_output_dir=true", "use_peft=false")
+    assert code == 0
+    names = {path.name for path in folder.iterdir()}
+    assert "model.safetensors" in names
+    assert not {"adapter_model.safetensors", "adapter_config.json", "checkpoint-4"} & names
+
+
+def test_a_run_that_fails_at_its_data_costs_nothing_and_blocks_nothing(train, tmp_path):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": "a", "chosen": "b"}\n')
+    code, error, folder = train(f"dataset_name={bad}")
+    assert code == 2 and "column 'rejected' is missing" in error
+    assert train()[0] == 0
+    figures = (folder / "metrics.jsonl").read_text()
+    assert train(f"dataset_name={bad}", "overwrite_output_dir=true")[0] == 2
+    assert (folder / "metrics.jsonl").read_text() == figures
+    assert (folder / "adapter_model.safetensors").exists()
+
+
+def test_resuming_the_newest_checkpoint_ends_as_the_unbroken_run(train):
+    code, _, folder = train("save_strategy=steps", "save_steps=2")
+    assert code == 0
+    unbroken = load_file(folder / "adapter_model.safetensors")
+    figures = read_metrics(folder / "metrics.jsonl")
+    (folder / "checkpoint-4" / "trainer_state.json").unlink()
+    words = ("save_strategy=steps", "save_steps=2")
+    code, error, _ = train(*words, f"resume_from_checkpoint={folder}/checkpoint-4")
+    assert code == 2 and "is no checkpoint" in error
+    code, error, _ = train(*words, f"resume_from_checkpoint={folder}/checkpoint-2")
+    assert code == 0, error
+    resumed = load_file(folder / "adapter_model.safetensors")
+    assert all((unbroken[name] == resumed[name]).all() for name in unbroken)
+    again = read_metrics(folder / "metrics.jsonl")
+    assert [line["step"] for line in again if "loss" in line] == [1, 2, 3, 4]
+    losses = [[line["loss"] for line in lines if "loss" in line] for lines in (figures, again)]
+    assert losses[0] == losses[1]
+
+
+def test_resume_true_takes_the_newest_checkpoint_or_says_there_is_none(train):
+    code, error, folder = train("resume_from_checkpoint=true")
+    assert code == 2 and "holds no checkpoint" in error
+    assert train("save_strategy=steps", "save_steps=2")[0] == 0
+    assert train("resume_from_checkpoint=true", "max_steps=6")[0] == 0
+    steps = [line["step"] for line in read_metrics(folder / "metrics.jsonl") if "loss" in line]
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_best_checkpoints_figures_are_the_best_checkpoints(train):
+    words = ["eval_strategy=steps", "eval_steps=1", "save_strategy=steps", "save_steps=1"]
+    words += ["load_best_model_at_end=true", "metric_for_best_model=loss"]
+    # The highest loss counts as the best here, so that the first steps' weights are kept.
+    code, error, folder = train(*words, "greater_is_better=true", "warmup_steps=0")
+    assert code == 0, error
+    evaluations = [m for m in read_metrics(folder / "metrics.jsonl") if "eval_loss" in m]
+    best = max(line["eval_loss"] for line in evaluations if line["step"] > 0)
+    assert evaluations[-2]["eval_loss"] < best  # the last step is not the one that was kept
+    assert evaluations[-1]["eval_loss"] == pytest.approx(best, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("lora_modules_to_save=[lm_hed]", "has no module 'lm_hed'"),
+        ("lora_target_modules=[q_porj]", "the adapter does not fit"),
+        ("report_to=tensorboard", "ensorboard"),
+        ("loss_backend=triton", "loss_backend"),
+        ("model_name_or_path=examples/demo_data", "the folder has no config.json"),
+        ("resume_from_checkpoint=nowhere", "is no checkpoint"),
+    ],
+)
+def test_a_setting_that_cannot_work_is_one_line_and_exit_2(train, word, message):
+    code, error, _ = train(word)
+    lines = [line for line in error.splitlines() if line]
+    assert code == 2, error
+    assert len(lines) == 1 and message in lines[0], error
+
+
+def test_the_base_models_folder_is_never_written(train, tmp_path):
+    code, error, _ = train("output_dir=examples/demo_model", "overwrite_output_dir=true")
+    assert code == 2 and "base model's own folder" in error
+    assert json.loads((ROOT / "examples/demo_model/config.json").read_text())
+
+
+def test_one_name_for_the_target_modules_is_enough(train):
+    code, error, folder = train("lora_target_modules=q_proj")
+    assert code == 0, error
+    assert json.loads((folder / "adapter_config.json").read_text())["target_modules"] == ["q_proj"]
