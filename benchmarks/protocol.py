@@ -42,9 +42,11 @@ def run_benchmark(
     arguments.add_argument("--json", type=Path, help="write figures and provenance to this file")
     arguments.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores")
     options = arguments.parse_args()
+    code_before = _commit()
     figures = measure(options)
     if options.json is not None:
-        document = {"provenance": provenance(options.threads), **figures}
+        source = {**provenance(options.threads), "code_before": code_before}
+        document = {"provenance": source, **figures}
         options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
