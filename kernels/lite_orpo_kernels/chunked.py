@@ -5,9 +5,10 @@ of the vocabulary at a time, so the head is read once per pass and a [rows, V] l
 never exists. With a frozen head the gradient's direction is made in the forward pass, beside
 the sums, and only scaled in the backward: two GEMMs in all. A trainable head costs four.
 
-Legend: M scored rows (none ignored), D hidden size, V vocabulary, B columns of one block.
-z = transformed logits, r = logsumexp of z without the target, d = r - z_target,
-nll = softplus(d), q = sigmoid(d) = 1 - p(target), s = softmax of z without the target.
+Legend: M scored rows (none ignored), D hidden size (with the rank of a low-rank addition), V
+vocabulary, B columns of one block. z = transformed logits, r = logsumexp of z without the target,
+d = r - z_target, nll = softplus(d), q = sigmoid(d) = 1 - p(target), s = softmax of z without the
+target.
 
 Numerics: sums are fp32 (fp64 for fp64 inputs) and refer to a running maximum. The direction is
 stored divided by q, as c_y W[y] - sum_v s_v c_v W[v] (c is the soft-cap's derivative): it does
@@ -16,84 +17,76 @@ multiplied with the incoming gradient, which is as large as 1/q there, before an
 """
 
 import math
-from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from .head import Head, HeadGradients, HeadTransform, RestSums, Wanted, accumulation_dtype
+
 MIN_BLOCK_COLUMNS = 64
-
-
-class HeadTransform(NamedTuple):
-    """What stands between the head's matrix product and the softmax."""
-
-    logit_scale: float
-    softcap: float | None
-
-
-class _RestSums(NamedTuple):
-    """One pass over the vocabulary: per row, what the loss and its gradient need."""
-
-    rest_lse: Tensor  # [M] r
-    target_logit: Tensor  # [M] z_target
-    direction: Tensor | None  # [M, D] d logp / d hidden, divided by q
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """fp64 stays fp64, everything else accumulates in fp32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+# exp is slow on CPUs where it underflows (wide logits have most of their mass there); exp2 is not.
+LOG2_E = math.log2(math.e)
 
 
 def block_columns(
-    hidden: Tensor,
-    vocabulary: int,
-    transform: HeadTransform,
-    workspace_bytes: int,
-    *,
-    head_trains: bool = False,
+    rows: Tensor, head: Head, workspace_bytes: int, *, head_trains: bool = False
 ) -> int:
     """Columns of the vocabulary per block, so that a block's temporaries fit the workspace."""
-    rows, width = hidden.shape
-    size = torch.empty((), dtype=accumulation_dtype(hidden.dtype)).element_size()
-    per_column = size * rows * (1 if transform.softcap is None else 2)
-    if _computes_in_full_precision(hidden):
-        if hidden.element_size() < size:
-            # The block of the head, cast; and that of its gradient, before it is.
+    count, width = rows.shape
+    size = torch.empty((), dtype=accumulation_dtype(rows.dtype)).element_size()
+    per_column = size * count * (1 if head.transform.softcap is None else 2)
+    if _computes_in_full_precision(rows):
+        if rows.element_size() < size or head.low_rank is not None:
+            # The block of the head, cast or put together; and that of its gradient, before it is.
             per_column += size * width * (2 if head_trains else 1)
     else:
-        per_column += 2 * hidden.element_size() * rows
+        per_column += 2 * rows.element_size() * count
+        per_column += 0 if head.low_rank is None else rows.element_size() * width
     columns = max(MIN_BLOCK_COLUMNS, workspace_bytes // max(per_column, 1))
     # Equal blocks: a narrow last one would waste a pass over the rows.
-    return math.ceil(vocabulary / math.ceil(vocabulary / columns))
+    return math.ceil(head.vocabulary / math.ceil(head.vocabulary / columns))
 
 
-def _computes_in_full_precision(hidden: Tensor) -> bool:
+def _computes_in_full_precision(rows: Tensor) -> bool:
     # Most CPUs have no half-precision GEMM: torch falls to a loop that is 100 times slower.
     # A block of the head is cast once and serves all rows, and the logits are better for it.
-    return hidden.device.type == "cpu"
+    return rows.device.type == "cpu"
 
 
-def _rows_for_gemm(hidden: Tensor) -> Tensor:
-    if _computes_in_full_precision(hidden):
-        return hidden.to(accumulation_dtype(hidden.dtype))
-    return hidden
+def _rows_for_gemm(rows: Tensor) -> Tensor:
+    if _computes_in_full_precision(rows):
+        return rows.to(accumulation_dtype(rows.dtype))
+    return rows
 
 
 class _Workspace:
-    """Room for one block of logits, used again for every block: fresh pages cost more than exp."""
+    """Room for a block of logits and of the head, used again: fresh pages cost more than exp."""
 
-    def __init__(self, rows: Tensor, columns: int) -> None:
+    def __init__(self, rows: Tensor, head: Head, columns: int) -> None:
         self.dtype = accumulation_dtype(rows.dtype)
-        self._buffer = rows.new_empty(rows.shape[0] * columns, dtype=self.dtype)
+        self._logits = rows.new_empty(rows.shape[0] * columns, dtype=self.dtype)
+        self._cast = None
+        if head.weight.dtype != rows.dtype or head.low_rank is not None:
+            self._cast = rows.new_empty(columns, head.width)
 
-    def product(self, rows: Tensor, weight_block: Tensor) -> Tensor:
-        """Return rows [M, D] times weight_block [B, D] transposed, in the accumulation dtype."""
-        shape = (rows.shape[0], weight_block.shape[0])
-        out = self._buffer[: shape[0] * shape[1]].view(shape)
+    def product(self, rows: Tensor, block: Tensor) -> Tensor:
+        """Return rows [M, D] times block [B, D] transposed, in the accumulation dtype."""
+        shape = (rows.shape[0], block.shape[0])
+        out = self._logits[: shape[0] * shape[1]].view(shape)
         if rows.dtype == self.dtype:
-            return torch.mm(rows, weight_block.t(), out=out)
-        return out.copy_(rows @ weight_block.t())
+            return torch.mm(rows, block.t(), out=out)
+        return out.copy_(rows @ block.t())
+
+    def head_block(self, head: Head, start: int, stop: int) -> Tensor:
+        """Columns of the head [B, D] in the dtype of the products."""
+        if self._cast is None:
+            return head.block(start, stop)
+        block = self._cast[: min(stop, head.vocabulary) - start]
+        split = head.weight.shape[1]
+        block[:, :split].copy_(head.weight[start:stop])
+        if head.low_rank is not None:
+            block[:, split:].copy_(head.low_rank[start:stop])
+        return block
 
 
 def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
@@ -104,15 +97,10 @@ def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.add_(left.to(right.dtype) @ right)
 
 
-def _transformed_logits(
-    workspace: _Workspace,
-    rows: Tensor,
-    weight_block: Tensor,
-    bias_block: Tensor | None,
-    transform: HeadTransform,
+def _transformed(
+    logits: Tensor, bias_block: Tensor | None, transform: HeadTransform
 ) -> tuple[Tensor, Tensor | None]:
-    """One block of logits [M, B] and the soft-cap's derivative there (None without a cap)."""
-    logits = workspace.product(rows, weight_block)
+    """One block of logits [M, B], in place, and the soft-cap's derivative (None without one)."""
     if bias_block is not None:
         logits += bias_block
     if transform.logit_scale != 1.0:
@@ -124,6 +112,10 @@ def _transformed_logits(
     return logits.mul_(transform.softcap), slope
 
 
+def _exp_(logits: Tensor) -> Tensor:
+    return logits.mul_(LOG2_E).exp2_()
+
+
 def _target_columns(targets: Tensor, start: int, width: int) -> tuple[Tensor, Tensor]:
     """Each target's column in the block (clamped into it) and whether it truly lies there."""
     local = targets - start
@@ -131,17 +123,21 @@ def _target_columns(targets: Tensor, start: int, width: int) -> tuple[Tensor, Te
     return local.clamp(0, width - 1).unsqueeze(1), inside.unsqueeze(1)
 
 
-def _sum_over_the_rest(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    transform: HeadTransform,
-    workspace_bytes: int,
-    *,
-    want_direction: bool,
-) -> _RestSums:
-    vocabulary, width = weight.shape
+def chunked_rest_sums(
+    hidden: Tensor, head: Head, targets: Tensor, workspace_bytes: int, *, want_direction: bool
+) -> RestSums:
+    """One pass over the vocabulary: the sums without the target and the gradient's direction.
+
+    Args:
+        hidden: [M, D].
+        head: in the dtype of hidden.
+        targets: [M] int64 in [0, V).
+        workspace_bytes: bound on a block's temporaries.
+        want_direction: one more GEMM.
+
+    Returns:
+        [M] in the accumulation dtype and, if wanted, the direction in the dtype of hidden.
+    """
     rows = _rows_for_gemm(hidden)
     dtype = accumulation_dtype(hidden.dtype)
     count = hidden.shape[0]
@@ -150,14 +146,17 @@ def _sum_over_the_rest(
     target_logit = torch.zeros((count, 1), dtype=dtype, device=hidden.device)
     target_slope = torch.ones((count, 1), dtype=dtype, device=hidden.device)
     mean_row = (
-        torch.zeros((count, width), dtype=dtype, device=hidden.device) if want_direction else None
+        torch.zeros((count, head.width), dtype=dtype, device=hidden.device)
+        if want_direction
+        else None
     )
-    columns = block_columns(hidden, vocabulary, transform, workspace_bytes)
-    workspace = _Workspace(rows, columns)
-    for start in range(0, vocabulary, columns):
-        block = weight[start : start + columns].to(rows.dtype)
-        bias_block = None if bias is None else bias[start : start + columns]
-        logits, slope = _transformed_logits(workspace, rows, block, bias_block, transform)
+    columns = block_columns(hidden, head, workspace_bytes)
+    workspace = _Workspace(rows, head, columns)
+    for start in range(0, head.vocabulary, columns):
+        block = workspace.head_block(head, start, start + columns)
+        logits, slope = _transformed(
+            workspace.product(rows, block), head.bias_block(start, start + columns), head.transform
+        )
         column, inside = _target_columns(targets, start, logits.shape[1])
         here = logits.gather(1, column)
         target_logit = torch.where(inside, here, target_logit)
@@ -169,7 +168,7 @@ def _sum_over_the_rest(
         # A row that has seen nothing but its own target (V = 1) has no maximum to refer to.
         reference = new_max.masked_fill(new_max == float("-inf"), 0.0)
         rescale = torch.exp(running_max - reference)
-        weights = logits.sub_(reference).exp_()
+        weights = _exp_(logits.sub_(reference))
         running_sum.mul_(rescale).add_(weights.sum(dim=1, keepdim=True))
         running_max = new_max
         if mean_row is not None:
@@ -182,145 +181,70 @@ def _sum_over_the_rest(
     direction = None
     if mean_row is not None:
         mean_row.div_(running_sum.clamp_min(torch.finfo(dtype).tiny))
-        mean_row.neg_().add_(weight[targets].to(dtype).mul_(target_slope))
-        direction = mean_row.mul_(transform.logit_scale).to(hidden.dtype)
-    return _RestSums(rest_lse.squeeze(1), target_logit.squeeze(1), direction)
+        mean_row.neg_().add_(head.target_rows(targets).to(dtype).mul_(target_slope))
+        direction = mean_row.mul_(head.transform.logit_scale).to(hidden.dtype)
+    return RestSums(rest_lse.squeeze(1), (rest_lse - target_logit).squeeze(1), direction)
 
 
-class _HeadGradients(NamedTuple):
-    hidden: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-
-
-def _recomputed_gradients(
+def chunked_head_gradients(
     hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    head: Head,
     targets: Tensor,
     rest_lse: Tensor,
     scale: Tensor,
-    transform: HeadTransform,
     workspace_bytes: int,
-    wanted: tuple[bool, bool, bool],
-) -> _HeadGradients:
+    wanted: Wanted,
+) -> HeadGradients:
     """Gradients of a head that trains: logits are made again, block by block.
 
     `scale` [M] is the incoming gradient times q. A block of the head's gradient is complete when
     its block is done, so nothing is accumulated in the weights' own (maybe half) precision.
     """
-    want_hidden, want_weight, want_bias = wanted
-    vocabulary, width = weight.shape
     rows = _rows_for_gemm(hidden)
-    dtype = accumulation_dtype(hidden.dtype)
-    hidden_grad = torch.zeros_like(hidden, dtype=dtype) if want_hidden else None
-    weight_grad = torch.empty_like(weight) if want_weight else None
-    bias_grad = torch.empty_like(bias) if want_bias and bias is not None else None
-    scale = (scale * transform.logit_scale).unsqueeze(1)
+    total = torch.zeros_like(rows, dtype=accumulation_dtype(hidden.dtype)) if wanted.rows else None
+    found = HeadGradients(
+        None,
+        torch.empty_like(head.weight) if wanted.weight else None,
+        torch.empty_like(head.low_rank) if wanted.low_rank and head.low_rank is not None else None,
+        torch.empty_like(head.bias) if wanted.bias and head.bias is not None else None,
+    )
+    scale = (scale * head.transform.logit_scale).unsqueeze(1)
     # With V = 1 the rest is empty and there is nothing to refer to.
     reference = rest_lse.masked_fill(rest_lse == float("-inf"), 0.0).unsqueeze(1)
-    columns = block_columns(hidden, vocabulary, transform, workspace_bytes, head_trains=want_weight)
-    workspace = _Workspace(rows, columns)
-    for start in range(0, vocabulary, columns):
-        block = weight[start : start + columns].to(rows.dtype)
-        bias_block = None if bias is None else bias[start : start + columns]
-        logits, slope = _transformed_logits(workspace, rows, block, bias_block, transform)
+    head_trains = wanted.weight or wanted.low_rank
+    columns = block_columns(hidden, head, workspace_bytes, head_trains=head_trains)
+    workspace = _Workspace(rows, head, columns)
+    split = head.weight.shape[1]
+    for start in range(0, head.vocabulary, columns):
+        own = slice(start, start + columns)
+        block = workspace.head_block(head, start, start + columns)
+        logits, slope = _transformed(
+            workspace.product(rows, block), head.bias_block(start, start + columns), head.transform
+        )
         column, inside = _target_columns(targets, start, logits.shape[1])
         # d logp / d z, divided by q: 1 for the target, -s for the rest.
-        coefficients = logits.sub_(reference).exp_().neg_()
+        coefficients = _exp_(logits.sub_(reference)).neg_()
         here = coefficients.gather(1, column)
         coefficients.scatter_(1, column, torch.where(inside, torch.ones_like(here), here))
         if slope is not None:
             coefficients.mul_(slope)
         coefficients.mul_(scale)
-        if bias_grad is not None:
-            bias_grad[start : start + columns] = coefficients.sum(dim=0).to(bias_grad.dtype)
+        if found.bias is not None:
+            found.bias[own] = coefficients.sum(dim=0).to(found.bias.dtype)
         coefficients = coefficients.to(rows.dtype)
-        if weight_grad is not None:
-            into = weight_grad[start : start + columns]
-            if into.dtype == rows.dtype:
-                torch.mm(coefficients.t(), rows, out=into)
-            else:
-                into.copy_(coefficients.t() @ rows)
-        if hidden_grad is not None:
-            _accumulate(hidden_grad, coefficients, block)
+        if found.weight is not None:
+            _product_into(found.weight[own], coefficients, rows[:, :split])
+        if found.low_rank is not None:
+            _product_into(found.low_rank[own], coefficients, rows[:, split:])
+        if total is not None:
+            _accumulate(total, coefficients, block)
         # Or the next block is made while this one is alive: twice the workspace.
         del block, slope, coefficients
-    return _HeadGradients(
-        None if hidden_grad is None else hidden_grad.to(hidden.dtype), weight_grad, bias_grad
-    )
+    return found._replace(rows=None if total is None else total.to(hidden.dtype))
 
 
-class _ChunkedLogProbs(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        transform: HeadTransform,
-        workspace_bytes: int,
-        records_gradient: bool,
-    ) -> Tensor:
-        head_is_frozen = not (ctx.needs_input_grad[1] or ctx.needs_input_grad[2])
-        want_direction = records_gradient and head_is_frozen and ctx.needs_input_grad[0]
-        sums = _sum_over_the_rest(
-            hidden, weight, bias, targets, transform, workspace_bytes, want_direction=want_direction
-        )
-        log_odds_against = sums.rest_lse - sums.target_logit
-        if records_gradient:
-            miss = torch.sigmoid(log_odds_against)
-            if head_is_frozen:
-                ctx.save_for_backward(miss, sums.direction)
-            else:
-                ctx.save_for_backward(miss, sums.rest_lse, hidden, weight, bias, targets)
-            ctx.head_is_frozen = head_is_frozen
-            ctx.transform = transform
-            ctx.workspace_bytes = workspace_bytes
-        # threshold: past torch's default of 20 softplus would drop log1p(exp(-d)).
-        return -F.softplus(log_odds_against, threshold=60.0)
-
-    @staticmethod
-    def backward(ctx: Any, grad_logps: Tensor) -> tuple[Tensor | None, ...]:
-        # Grad mode is on here only under create_graph=True. torch's once_differentiable would
-        # let that pass, and drop this function's part of the second derivative silently.
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "the fused log-probabilities are differentiable once; for second derivatives use "
-                'backend="reference"'
-            )
-        if ctx.head_is_frozen:
-            miss, direction = ctx.saved_tensors
-            scale = (grad_logps * miss).unsqueeze(1)
-            return (scale * direction).to(direction.dtype), None, None, None, None, None, None
-        miss, rest_lse, hidden, weight, bias, targets = ctx.saved_tensors
-        # A caller's autocast around backward() would make these products bf16.
-        with torch.autocast(hidden.device.type, enabled=False):
-            gradients = _recomputed_gradients(
-                hidden,
-                weight,
-                bias,
-                targets,
-                rest_lse,
-                grad_logps * miss,
-                ctx.transform,
-                ctx.workspace_bytes,
-                ctx.needs_input_grad[:3],
-            )
-        return gradients.hidden, gradients.weight, gradients.bias, None, None, None, None
-
-
-def chunked_logprobs(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    transform: HeadTransform,
-    workspace_bytes: int,
-) -> Tensor:
-    """Log-probabilities [M] of rows that all carry a target; see `fused_linear_logprobs`."""
-    records_gradient = torch.is_grad_enabled()
-    return _ChunkedLogProbs.apply(
-        hidden, weight, bias, targets, transform, workspace_bytes, records_gradient
-    )
+def _product_into(out: Tensor, coefficients: Tensor, rows: Tensor) -> None:
+    if out.dtype == rows.dtype:
+        torch.mm(coefficients.t(), rows, out=out)
+    else:
+        out.copy_(coefficients.t() @ rows)

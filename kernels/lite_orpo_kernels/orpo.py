@@ -1,7 +1,8 @@
 """Public: the ORPO loss from token log-probabilities, and from hidden states and an LM head.
 
-`orpo_loss` holds the formula, once; `fused_orpo_loss` puts `fused_linear_logprobs` before it.
-How sequences become rows, and what a step is normalised by, is the caller's business.
+`orpo_loss` holds the formula (on a GPU with Triton, `fused_orpo.py` computes it); `fused_orpo_loss`
+puts `fused_linear_logprobs` before it. How sequences become rows, and what a step is normalised
+by, is the caller's business.
 
 Legend: M scored rows, D hidden size, V vocabulary, P pairs.
 """
@@ -12,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .backends import select_backend
 from .linear_logprobs import DEFAULT_WORKSPACE_BYTES, fused_linear_logprobs
+from .orpo_ops import differentiable_orpo_terms
 
 # Below this a completion's mean nll no longer moves: 1 / a stays finite in fp32, and the tokens'
 # own 1 - p, which is multiplied with it, has long underflowed to 0.
@@ -46,6 +49,7 @@ def orpo_loss(
     temperature: float = 1.0,
     pair_normalizer: Tensor | float | None = None,
     nll_normalizer: Tensor | float | None = None,
+    backend: str = "auto",
 ) -> ORPOLoss:
     """ORPO's loss, arXiv 2403.07691 equations 4 to 7, from token log-probabilities.
 
@@ -67,6 +71,8 @@ def orpo_loss(
         pair_normalizer: what the odds-ratio terms are divided by; default P. A trainer passes
             the pairs of the whole optimiser step.
         nll_normalizer: what the NLL is divided by; default the tokens in `nll_mask`.
+        backend: "auto", "triton" (fp32), or "chunked" and "reference", which are both plain
+            PyTorch here; see `select_backend`.
 
     Returns:
         An `ORPOLoss`. A pair one of whose completions has no token here adds nothing to the
@@ -77,6 +83,20 @@ def orpo_loss(
             id belongs to no pair.
     """
     _check("logps", logps, completion_ids, nll_mask, pair_count)
+    pairs = max(pair_count, 1) if pair_normalizer is None else pair_normalizer
+    tokens = nll_mask.sum().clamp_min(1) if nll_normalizer is None else nll_normalizer
+    if select_backend(logps.device, backend, logps.dtype).name == "triton":
+        terms = differentiable_orpo_terms(
+            logps,
+            completion_ids,
+            nll_mask,
+            pair_normalizer=_scalar(pairs, logps),
+            nll_normalizer=_scalar(tokens, logps),
+            pair_count=pair_count,
+            alpha=float(alpha),
+            temperature=float(temperature),
+        )
+        return ORPOLoss(*terms)
     token_nll = -logps
     mean_nll, lengths = _mean_per_completion(token_nll, completion_ids, 2 * pair_count)
     is_whole = (lengths[0::2] > 0) & (lengths[1::2] > 0)
@@ -85,9 +105,7 @@ def orpo_loss(
     zero = torch.zeros_like(log_odds)
     log_odds = torch.where(is_whole, log_odds, zero)
     odds_ratio_terms = torch.where(is_whole, -F.logsigmoid(temperature * log_odds), zero)
-    pairs = max(pair_count, 1) if pair_normalizer is None else pair_normalizer
     odds_ratio_loss = odds_ratio_terms.sum() / pairs
-    tokens = nll_mask.sum().clamp_min(1) if nll_normalizer is None else nll_normalizer
     nll = torch.where(nll_mask, token_nll, torch.zeros_like(token_nll)).sum() / tokens
     return ORPOLoss(
         loss=nll + alpha * odds_ratio_loss,
@@ -97,6 +115,13 @@ def orpo_loss(
         rejected_logps=torch.where(is_whole, -mean_nll[1::2], zero),
         log_odds=log_odds,
     )
+
+
+def _scalar(value: Tensor | float, like: Tensor) -> Tensor:
+    """A scalar on the device of `like`; filled there, since a copy from the host would wait."""
+    if isinstance(value, Tensor):
+        return value.detach().to(like.device, like.dtype).reshape(())
+    return torch.full((), float(value), dtype=like.dtype, device=like.device)
 
 
 def _check(
@@ -153,9 +178,10 @@ def fused_orpo_loss(
     pair_normalizer: Tensor | float | None = None,
     nll_normalizer: Tensor | float | None = None,
     bias: Tensor | None = None,
+    low_rank: tuple[Tensor, Tensor] | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     backend: str = "auto",
     workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
 ) -> ORPOLoss:
@@ -173,9 +199,11 @@ def fused_orpo_loss(
         pair_normalizer: see `orpo_loss`.
         nll_normalizer: see `orpo_loss`.
         bias: see `fused_linear_logprobs`.
+        low_rank: see `fused_linear_logprobs`.
         logit_scale: see `fused_linear_logprobs`.
         softcap: see `fused_linear_logprobs`.
-        ignore_index: rows with this target count in no completion and in no NLL.
+        ignore_index: rows with this target count in no completion and in no NLL; None: there
+            are none.
         backend: see `fused_linear_logprobs`.
         workspace_bytes: see `fused_linear_logprobs`.
 
@@ -185,6 +213,7 @@ def fused_orpo_loss(
     Raises:
         ValueError: shapes, dtypes, devices or options do not fit each other.
         IndexError: a target on the CPU lies outside [0, V).
+        ModuleNotFoundError: `backend="triton"` where Triton is not installed.
     """
     # Before the expensive part, and before torch.where would broadcast what does not fit.
     _check("targets", targets, completion_ids, nll_mask, pair_count)
@@ -193,20 +222,25 @@ def fused_orpo_loss(
         weight,
         targets,
         bias=bias,
+        low_rank=low_rank,
         logit_scale=logit_scale,
         softcap=softcap,
         ignore_index=ignore_index,
         backend=backend,
         workspace_bytes=workspace_bytes,
     )
-    is_scored = targets != ignore_index
+    if ignore_index is not None:
+        is_scored = targets != ignore_index
+        completion_ids = torch.where(is_scored, completion_ids, -torch.ones_like(completion_ids))
+        nll_mask = nll_mask & is_scored
     return orpo_loss(
         logps,
-        torch.where(is_scored, completion_ids, -torch.ones_like(completion_ids)),
-        nll_mask & is_scored,
+        completion_ids,
+        nll_mask,
         pair_count=pair_count,
         alpha=alpha,
         temperature=temperature,
         pair_normalizer=pair_normalizer,
         nll_normalizer=nll_normalizer,
+        backend=backend,
     )

@@ -36,7 +36,7 @@ def linear_logprobs_reference(
     bias: Tensor | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
 ) -> Tensor:
     """Log-probability of each target, from full logits.
 
@@ -51,12 +51,14 @@ def linear_logprobs_reference(
         bias: [V], added before the scale.
         logit_scale: factor on the logits.
         softcap: `cap * tanh(z / cap)` after the scale.
-        ignore_index: rows with this target get 0 and no gradient.
+        ignore_index: rows with this target get 0 and no gradient; None: every row counts.
 
     Returns:
         [M] fp32 log-probabilities (fp64 for fp64 inputs).
     """
-    keep = targets != ignore_index
+    keep = torch.ones_like(targets, dtype=torch.bool)
+    if ignore_index is not None:
+        keep = targets != ignore_index
     logits = F.linear(hidden[keep], weight, bias)
     logits = logits if logits.dtype == torch.float64 else logits.float()
     logits = logits * logit_scale

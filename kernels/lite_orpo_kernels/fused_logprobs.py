@@ -1,0 +1,310 @@
+"""The LM head's log-probabilities in Triton: how the kernels of `head_kernels.py` are launched.
+
+Groups of rows meet chunks of the vocabulary. For each chunk one kernel makes tiles of logits on
+the chip and lets only e and the tiles' logsumexps out, into a workspace; another multiplies e
+with the chunk of the head and adds to the group's fp32 sum, in the same workspace. A frozen head
+costs two GEMMs, a pass without gradients one (a head that trains: `fused_head_gradients.py`).
+Nothing is added atomically: the same call gives the same bits.
+
+Legend: M scored rows, R rows of a group, V vocabulary, C columns of a chunk, D hidden size (with
+the rank of a low-rank addition). Logits and logsumexps are in bits here, not nats.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from .head import Head, RestSums
+from .head_kernels import (
+    add_weighted_rows_kernel,
+    block_sums_kernel,
+    direction_kernel,
+    fold_block_lse_kernel,
+)
+from .launch_config import LaunchConfig, launch_config
+
+LN_2 = math.log(2.0)
+IS_INTERPRETED = not isinstance(block_sums_kernel, triton.runtime.JITFunction)
+FOLD_ROWS = 128
+DIRECTION_COLUMNS = 1024
+# Neighbouring tiles of rows that share a tile of the head while it is in the cache.
+GROUP = 8
+# fp16 has no small numbers: the second product refers to 2**14 more, the largest that fits.
+FP16_HEADROOM = 14.0
+
+
+class Cut(NamedTuple):
+    """How one pass is cut: rows per group and columns per chunk, multiples of the tiles."""
+
+    rows: int
+    columns: int
+
+
+def plan_chunks(
+    rows: int, head: Head, config: LaunchConfig, workspace_bytes: int, *, keeps_weights: bool
+) -> Cut:
+    """Cut M rows x V columns so that a chunk's temporaries fit the workspace.
+
+    Each group reads the whole head, each chunk reads and writes the group's sum: of all cuts that
+    fit, this takes the one with the least traffic per product, 1/R + 2/C. A single tile is the
+    least there is, and may be more than the workspace.
+    """
+    tile = config.logits
+    size = head.weight.element_size()
+    widest = round_up(head.vocabulary, tile.block_v)
+    best, least = Cut(tile.block_t, tile.block_v), math.inf
+    for groups in range(1, math.ceil(rows / tile.block_t) + 1):
+        count = round_up(math.ceil(rows / groups), tile.block_t)
+        left = workspace_bytes - (4 * count * head.width if keeps_weights else 0)
+        # A block's logsumexp for each row; e; the chunk's copy where the head has two parts.
+        per_column = 4 * count / tile.block_v + (size * count if keeps_weights else 0)
+        per_column += 0 if head.low_rank is None else size * head.width
+        columns = min(int(left / per_column) // tile.block_v * tile.block_v, widest)
+        if columns < tile.block_v:
+            continue
+        traffic = 1 / count + (2 / columns if columns < widest else 0)
+        if traffic < least:
+            # Chunks of equal width: a narrow last one would leave most of the GPU idle.
+            parts = math.ceil(widest / columns)
+            even = round_up(math.ceil(widest / parts), tile.block_v)
+            best, least = Cut(count, even), traffic
+    return best
+
+
+def round_up(number: int, multiple: int) -> int:
+    """Return the least multiple that is not below the number."""
+    return math.ceil(number / multiple) * multiple
+
+
+class Chunk(NamedTuple):
+    """One chunk of the vocabulary of one head."""
+
+    start: int
+    columns: int
+    weight: Tensor  # [C, D]
+    bias: Tensor | None  # [C]
+
+
+def chunk_of(head: Head, start: int, columns: int) -> Chunk:
+    """Columns [start, start + columns) of the head, as far as there are any."""
+    stop = min(start + columns, head.vocabulary)
+    return Chunk(start, stop - start, head.block(start, stop), head.bias_block(start, stop))
+
+
+def triton_rest_sums(
+    rows: Tensor, head: Head, targets: Tensor, workspace_bytes: int, *, want_direction: bool
+) -> RestSums:
+    """One pass over the vocabulary: the sums without the target and the gradient's direction.
+
+    Args:
+        rows: [M, D] bf16, fp16 or fp32, M > 0.
+        head: in the dtype of rows.
+        targets: [M] int64.
+        workspace_bytes: bound on what is kept beside the results.
+        want_direction: one more GEMM.
+
+    Returns:
+        fp32 [M] and, if wanted, the direction [M, D] in the dtype of rows. NaN where a target
+        lies outside the vocabulary.
+    """
+    config = launch_config(rows.device, rows.dtype)
+    count = rows.shape[0]
+    chunks = plan_chunks(count, head, config, workspace_bytes, keeps_weights=want_direction)
+    lse = rows.new_empty(count, dtype=torch.float32)
+    target_logit = torch.full_like(lse, math.nan)
+    direction = rows.new_empty(count, head.width) if want_direction else None
+    for start in range(0, count, chunks.rows):
+        group = slice(start, start + chunks.rows)
+        _sum_group(
+            rows[group],
+            head,
+            targets[group],
+            chunks.columns,
+            config,
+            lse[group],
+            target_logit[group],
+            None if direction is None else direction[group],
+        )
+    return RestSums(lse * LN_2, (lse - target_logit) * LN_2, direction)
+
+
+def _sum_group(
+    rows: Tensor,
+    head: Head,
+    targets: Tensor,
+    columns: int,
+    config: LaunchConfig,
+    lse: Tensor,
+    target_logit: Tensor,
+    direction: Tensor | None,
+) -> None:
+    """Fill lse [R], target_logit [R] and direction [R, D] of one group of rows."""
+    count, tile = rows.shape[0], config.logits
+    starts = range(0, head.vocabulary, columns)
+    widest = round_up(min(columns, head.vocabulary), tile.block_v)
+    block_lse = lse.new_empty(widest // tile.block_v, count)
+    # What the sum refers to before and after each chunk.
+    running = lse.new_empty(len(starts) + 1, round_up(count, FOLD_ROWS))
+    running[0] = -math.inf
+    weights = total = None
+    if direction is not None:
+        weights = rows.new_empty(count, widest)
+        total = lse.new_empty(count, head.width)
+    for number, start in enumerate(starts):
+        chunk = chunk_of(head, start, columns)
+        _block_sums(rows, chunk, targets, head, config, target_logit, block_lse, weights)
+        fold_block_lse_kernel[(triton.cdiv(count, FOLD_ROWS),)](
+            block_lse,
+            running[number],
+            running[number + 1],
+            count,
+            triton.cdiv(chunk.columns, tile.block_v),
+            BLOCK_T=FOLD_ROWS,
+        )
+        if weights is not None and total is not None:
+            add_weighted_rows(
+                weights, chunk, total, config, (block_lse, running[number], running[number + 1])
+            )
+    lse.copy_(running[-1, :count])
+    if direction is not None and total is not None:
+        _write_direction(total, head, targets, target_logit, lse, direction)
+
+
+def _block_sums(
+    rows: Tensor,
+    chunk: Chunk,
+    targets: Tensor,
+    head: Head,
+    config: LaunchConfig,
+    target_logit: Tensor,
+    block_lse: Tensor,
+    weights: Tensor | None,
+) -> None:
+    out = rows if weights is None else weights
+    block_sums_kernel[logits_grid(rows.shape[0], chunk.columns, config)](
+        rows,
+        chunk.weight,
+        rows if chunk.bias is None else chunk.bias,
+        targets,
+        target_logit,
+        block_lse,
+        out,
+        rows.shape[0],
+        chunk.columns,
+        rows.shape[1],
+        chunk.start,
+        *rows.stride(),
+        *chunk.weight.stride(),
+        out.stride(0),
+        WRITES_WEIGHTS=weights is not None,
+        **logits_options(rows, head, config),
+    )
+
+
+def logits_grid(rows: int, columns: int, config: LaunchConfig) -> tuple[int]:
+    """One program for each tile of logits."""
+    tile = config.logits
+    return (triton.cdiv(rows, tile.block_t) * triton.cdiv(columns, tile.block_v),)
+
+
+def logits_options(rows: Tensor, head: Head, config: LaunchConfig) -> dict[str, Any]:
+    """What every kernel that makes logits is told about the head and the launch."""
+    tile, softcap = config.logits, head.transform.softcap
+    return {
+        "logit_scale": head.transform.logit_scale,
+        "softcap": 1.0 if softcap is None else softcap,
+        "HAS_BIAS": head.bias is not None,
+        "HAS_SOFTCAP": softcap is not None,
+        "EVEN_D": rows.shape[1] % tile.block_d == 0,
+        "BLOCK_T": tile.block_t,
+        "BLOCK_V": tile.block_v,
+        "BLOCK_D": tile.block_d,
+        "GROUP": GROUP,
+        **_launch_options(rows, tile.warps, tile.stages),
+    }
+
+
+def _launch_options(rows: Tensor, warps: int, stages: int) -> dict[str, Any]:
+    return {
+        # One tf32 product would lose fp32's digits; three keep them, on the matrix units.
+        "PRECISION": "tf32x3" if rows.dtype == torch.float32 else "tf32",
+        "INTERPRETED": IS_INTERPRETED,
+        "num_warps": warps,
+        "num_stages": stages,
+        # Triton's default is about to change, with a warning.
+        "enable_fp_fusion": True,
+    }
+
+
+def _headroom(weights: Tensor) -> float:
+    return FP16_HEADROOM if weights.dtype == torch.float16 else 0.0
+
+
+def add_weighted_rows(
+    weights: Tensor,
+    chunk: Chunk,
+    total: Tensor,
+    config: LaunchConfig,
+    relative_to: tuple[Tensor, Tensor, Tensor] | None,
+) -> None:
+    """Total [R, D] += weights [R, C] @ chunk [C, D]; see the kernel for what they refer to."""
+    tile = config.rows
+    block_lse, before, after = (total,) * 3 if relative_to is None else relative_to
+    grid = triton.cdiv(total.shape[0], tile.block_t) * triton.cdiv(total.shape[1], tile.block_d)
+    add_weighted_rows_kernel[(grid,)](
+        weights,
+        chunk.weight,
+        total,
+        block_lse,
+        before,
+        after,
+        total.shape[0],
+        chunk.columns,
+        total.shape[1],
+        weights.stride(0),
+        *chunk.weight.stride(),
+        total.stride(0),
+        IS_FIRST=chunk.start == 0,
+        IS_RELATIVE=relative_to is not None,
+        HEADROOM=_headroom(weights),
+        BLOCK_T=tile.block_t,
+        BLOCK_D=tile.block_d,
+        BLOCK_C=tile.block_c,
+        BLOCK_V=config.logits.block_v,
+        GROUP=GROUP,
+        **_launch_options(weights, tile.warps, tile.stages),
+    )
+
+
+def _write_direction(
+    total: Tensor, head: Head, targets: Tensor, target_logit: Tensor, lse: Tensor, direction: Tensor
+) -> None:
+    first = 0
+    for part in (head.weight, head.low_rank):
+        if part is None:
+            continue
+        width = part.shape[1]
+        columns = slice(first, first + width)
+        softcap = head.transform.softcap
+        direction_kernel[(total.shape[0], triton.cdiv(width, DIRECTION_COLUMNS))](
+            total[:, columns],
+            part,
+            targets,
+            target_logit,
+            lse,
+            direction[:, columns],
+            head.vocabulary,
+            width,
+            total.stride(0),
+            *part.stride(),
+            direction.stride(0),
+            head.transform.logit_scale,
+            1.0 if softcap is None else softcap,
+            HAS_SOFTCAP=softcap is not None,
+            HEADROOM=_headroom(direction),
+            BLOCK_D=DIRECTION_COLUMNS,
+        )
+        first += width
