@@ -122,9 +122,10 @@ def triton_head_gradients(
     `scale` [M] fp32 is the incoming gradient times q. All rows meet a chunk at once, so that a
     chunk's gradient is complete when the chunk is done and is written once.
     """
-    config = launch_config(rows.device, rows.dtype)
+    config = launch_config(rows.device, rows.dtype, slim=True)
     columns = _columns_for_gradients(rows, head, config, workspace_bytes)
-    lse, scale = rest_lse / LN_2, scale * head.transform.logit_scale
+    targets, scale = targets.contiguous(), (scale * head.transform.logit_scale).contiguous()
+    lse = rest_lse / LN_2
     coefficients = rows.new_empty(rows.shape[0], columns)
     total = lse.new_empty(rows.shape) if wanted.rows else None
     weight = torch.empty_like(head.weight) if wanted.weight else None

@@ -88,10 +88,23 @@ class Chunk(NamedTuple):
     bias: Tensor | None  # [C]
 
 
+class _Target(NamedTuple):
+    """Each row's target and what is known of it once its column has been met, [M] or [R]."""
+
+    token: Tensor  # int64
+    logit: Tensor  # fp32 bits
+    slope: Tensor  # fp32, the soft-cap's derivative
+
+    def rows(self, group: slice) -> "_Target":
+        return _Target(self.token[group], self.logit[group], self.slope[group])
+
+
 def chunk_of(head: Head, start: int, columns: int) -> Chunk:
     """Columns [start, start + columns) of the head, as far as there are any."""
     stop = min(start + columns, head.vocabulary)
-    return Chunk(start, stop - start, head.block(start, stop), head.bias_block(start, stop))
+    bias = head.bias_block(start, stop)
+    bias = None if bias is None else bias.contiguous()
+    return Chunk(start, stop - start, head.block(start, stop), bias)
 
 
 def triton_rest_sums(
@@ -110,38 +123,38 @@ def triton_rest_sums(
         fp32 [M] and, if wanted, the direction [M, D] in the dtype of rows. NaN where a target
         lies outside the vocabulary.
     """
-    config = launch_config(rows.device, rows.dtype)
+    has_softcap = head.transform.softcap is not None
+    config = launch_config(rows.device, rows.dtype, slim=has_softcap)
     count = rows.shape[0]
     chunks = plan_chunks(count, head, config, workspace_bytes, keeps_weights=want_direction)
     lse = rows.new_empty(count, dtype=torch.float32)
-    target_logit = torch.full_like(lse, math.nan)
+    # A target outside the vocabulary is met nowhere and stays NaN.
+    target = _Target(targets.contiguous(), torch.full_like(lse, math.nan), torch.ones_like(lse))
     direction = rows.new_empty(count, head.width) if want_direction else None
     for start in range(0, count, chunks.rows):
         group = slice(start, start + chunks.rows)
         _sum_group(
             rows[group],
             head,
-            targets[group],
+            target.rows(group),
             chunks.columns,
             config,
             lse[group],
-            target_logit[group],
             None if direction is None else direction[group],
         )
-    return RestSums(lse * LN_2, (lse - target_logit) * LN_2, direction)
+    return RestSums(lse * LN_2, (lse - target.logit) * LN_2, direction)
 
 
 def _sum_group(
     rows: Tensor,
     head: Head,
-    targets: Tensor,
+    target: _Target,
     columns: int,
     config: LaunchConfig,
     lse: Tensor,
-    target_logit: Tensor,
     direction: Tensor | None,
 ) -> None:
-    """Fill lse [R], target_logit [R] and direction [R, D] of one group of rows."""
+    """Fill lse [R], the target's logit and slope, and direction [R, D] of one group of rows."""
     count, tile = rows.shape[0], config.logits
     starts = range(0, head.vocabulary, columns)
     widest = round_up(min(columns, head.vocabulary), tile.block_v)
@@ -155,7 +168,7 @@ def _sum_group(
         total = lse.new_empty(count, head.width)
     for number, start in enumerate(starts):
         chunk = chunk_of(head, start, columns)
-        _block_sums(rows, chunk, targets, head, config, target_logit, block_lse, weights)
+        _block_sums(rows, chunk, target, head, config, block_lse, weights)
         fold_block_lse_kernel[(triton.cdiv(count, FOLD_ROWS),)](
             block_lse,
             running[number],
@@ -170,16 +183,15 @@ def _sum_group(
             )
     lse.copy_(running[-1, :count])
     if direction is not None and total is not None:
-        _write_direction(total, head, targets, target_logit, lse, direction)
+        _write_direction(total, head, target, lse, direction)
 
 
 def _block_sums(
     rows: Tensor,
     chunk: Chunk,
-    targets: Tensor,
+    target: _Target,
     head: Head,
     config: LaunchConfig,
-    target_logit: Tensor,
     block_lse: Tensor,
     weights: Tensor | None,
 ) -> None:
@@ -188,8 +200,7 @@ def _block_sums(
         rows,
         chunk.weight,
         rows if chunk.bias is None else chunk.bias,
-        targets,
-        target_logit,
+        *target,
         block_lse,
         out,
         rows.shape[0],
@@ -280,7 +291,7 @@ def add_weighted_rows(
 
 
 def _write_direction(
-    total: Tensor, head: Head, targets: Tensor, target_logit: Tensor, lse: Tensor, direction: Tensor
+    total: Tensor, head: Head, target: _Target, lse: Tensor, direction: Tensor
 ) -> None:
     first = 0
     for part in (head.weight, head.low_rank):
@@ -288,12 +299,11 @@ def _write_direction(
             continue
         width = part.shape[1]
         columns = slice(first, first + width)
-        softcap = head.transform.softcap
         direction_kernel[(total.shape[0], triton.cdiv(width, DIRECTION_COLUMNS))](
             total[:, columns],
             part,
-            targets,
-            target_logit,
+            target.token,
+            target.slope,
             lse,
             direction[:, columns],
             head.vocabulary,
@@ -302,8 +312,7 @@ def _write_direction(
             *part.stride(),
             direction.stride(0),
             head.transform.logit_scale,
-            1.0 if softcap is None else softcap,
-            HAS_SOFTCAP=softcap is not None,
+            HAS_SOFTCAP=head.transform.softcap is not None,
             HEADROOM=_headroom(direction),
             BLOCK_D=DIRECTION_COLUMNS,
         )

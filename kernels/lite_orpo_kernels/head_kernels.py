@@ -22,12 +22,16 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _tanh(x):
-    """Tanh in fp32, to a few roundings also near 0; libdevice's is not there on every target."""
+    """Tanh and its derivative in fp32, both with their digits near 0 and where tanh saturates.
+
+    1 - tanh**2 would have lost them there; libdevice's tanh is not on every target.
+    """
     e = tl.exp2(tl.abs(x) * (-2.0 * LOG2_E))
     far = (1.0 - e) / (1.0 + e)
     s = x * x
     near = x * (1.0 - s * (1.0 / 3.0 - s * (2.0 / 15.0 - s * (17.0 / 315.0))))
-    return tl.where(tl.abs(x) < 0.1, near, tl.where(x < 0.0, -far, far))
+    value = tl.where(tl.abs(x) < 0.1, near, tl.where(x < 0.0, -far, far))
+    return value, 4.0 * e / ((1.0 + e) * (1.0 + e))
 
 
 @triton.jit
@@ -103,8 +107,8 @@ def logits_tile(
     if HAS_BIAS:
         acc += tl.load(bias_ptr + column).to(tl.float32)[None, :]
     if HAS_SOFTCAP:
-        bent = _tanh(acc * (logit_scale / softcap))
-        return bent * (softcap * LOG2_E), 1.0 - bent * bent
+        bent, slope = _tanh(acc * (logit_scale / softcap))
+        return bent * (softcap * LOG2_E), slope
     return acc * (logit_scale * LOG2_E), acc
 
 
@@ -116,6 +120,7 @@ def block_sums_kernel(
     bias_ptr,  # [C]
     target_ptr,  # [R] int64, in the whole vocabulary
     target_logit_ptr,  # [R] out, bits; by whichever program holds the target
+    target_slope_ptr,  # [R] out, the soft-cap's derivative there
     block_lse_ptr,  # [blocks of C, R] out, bits
     weights_ptr,  # [R, C rounded up to blocks] out
     # sizes
@@ -180,6 +185,9 @@ def block_sums_kernel(
     )
     target_logit = tl.sum(tl.where(is_target, z, 0.0), axis=1)
     tl.store(target_logit_ptr + offs_t, target_logit, mask=mask_t & holds_target)
+    if HAS_SOFTCAP:
+        target_slope = tl.sum(tl.where(is_target, slope, 0.0), axis=1)
+        tl.store(target_slope_ptr + offs_t, target_slope, mask=mask_t & holds_target)
     z = tl.where(is_target | (offs_v >= columns)[None, :], float("-inf"), z)
     reference = _whole_bits(tl.max(z, axis=1))
     e = tl.exp2(z - reference[:, None])
@@ -299,7 +307,7 @@ def direction_kernel(
     total_ptr,  # [R, D] fp32, sum of e * W, referring to lse
     weight_ptr,  # [V, D]
     target_ptr,  # [R]
-    target_logit_ptr,  # [R] bits
+    target_slope_ptr,  # [R]
     lse_ptr,  # [R] bits
     direction_ptr,  # [R, D] out
     # sizes
@@ -312,7 +320,6 @@ def direction_kernel(
     stride_gt,
     # transform
     logit_scale,
-    softcap,
     HAS_SOFTCAP: tl.constexpr,
     HEADROOM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -329,8 +336,7 @@ def direction_kernel(
     own = tl.load(own_ptrs, mask=mask, other=0.0).to(tl.float32)
     own = tl.where(target == inside, own, float("nan"))
     if HAS_SOFTCAP:
-        bent = tl.load(target_logit_ptr + t) / (softcap * LOG2_E)
-        own *= 1.0 - bent * bent
+        own *= tl.load(target_slope_ptr + t)
     factor = tl.where(lse == float("-inf"), 0.0, tl.exp2(_whole_bits(lse) - HEADROOM - lse))
     mean = tl.load(total_ptr + t * stride_ut + offs_d, mask=mask, other=0.0) * factor
     out_ptrs = direction_ptr + t * stride_gt + offs_d

@@ -49,6 +49,9 @@ class GpuClass(NamedTuple):
     """For bf16 and fp16 inputs."""
     full: LaunchConfig
     """For fp32 inputs: three tf32 products for each, so that no digit is lost."""
+    slim: LogitsTile | None = None
+    """For bf16 and fp16 where more is kept for each logit (a soft-cap's derivative, a gradient),
+    if that needs a smaller tile."""
 
 
 NOT_MEASURED = None
@@ -63,11 +66,14 @@ _HALF_SLIM = LaunchConfig(
 _FULL = LaunchConfig(LogitsTile(64, 128, 32, 8, 2), RowsTile(64, 128, 32, 8, 2), NOT_MEASURED)
 _SAFE_HALF = LaunchConfig(LogitsTile(64, 64, 32, 4, 2), RowsTile(64, 64, 32, 4, 2), NOT_MEASURED)
 
+# Another number for each logit beside wgmma's or tcgen05's accumulators spills at 128 x 128.
+_SLIM = LogitsTile(64, 128, 64, 8, 3)
+
 GPU_CLASSES = {
     "sm_80": GpuClass("sm_80", 163 * KIB, _HALF, _FULL),
     "sm_86/89": GpuClass("sm_86/89", 99 * KIB, _HALF_SLIM, _FULL),
-    "sm_90": GpuClass("sm_90", 227 * KIB, _HALF, _FULL),
-    "sm_100": GpuClass("sm_100", 227 * KIB, _HALF, _FULL),
+    "sm_90": GpuClass("sm_90", 227 * KIB, _HALF, _FULL, _SLIM),
+    "sm_100": GpuClass("sm_100", 227 * KIB, _HALF, _FULL, _SLIM),
     "sm_120": GpuClass("sm_120", 99 * KIB, _HALF, _FULL),
     # ROCm, XPU, and NVIDIA cards newer than this file.
     "default": GpuClass("default", None, _SAFE_HALF, _SAFE_HALF),
@@ -98,11 +104,15 @@ def class_name(major: int, minor: int) -> str:
 _overrides: dict[tuple[str, bool], LaunchConfig] = {}
 
 
-def launch_config(device: torch.device | str, dtype: torch.dtype) -> LaunchConfig:
+def launch_config(
+    device: torch.device | str, dtype: torch.dtype, *, slim: bool = False
+) -> LaunchConfig:
     """Configuration for tensors on `device`: the one set by `override`, or the fixed one."""
     found = gpu_class(device)
     is_half = dtype != torch.float32
     fixed = found.half if is_half else found.full
+    if is_half and slim and found.slim is not None:
+        fixed = fixed._replace(logits=found.slim)
     return _overrides.get((found.name, is_half), fixed)
 
 
