@@ -94,7 +94,10 @@ class ORPOTrainer(Trainer):
         )
         self._scale = LossScale(args.odds_ratio_weight, args.odds_ratio_temperature)
         self.head = attach_scored_head(
-            model, backend=args.loss_backend, workspace_bytes=args.loss_workspace_mib * 2**20
+            model,
+            backend=args.loss_backend,
+            workspace_bytes=args.loss_workspace_mib * 2**20,
+            device=args.device,
         )
         self.processing_class = tokenizer
         self.args = args
@@ -249,6 +252,7 @@ class ORPOTrainer(Trainer):
             temperature=self._scale.temperature,
             pair_normalizer=pairs,
             nll_normalizer=nll_tokens,
+            backend=self.args.loss_backend,
         )
         return loss.loss, loss_parts(loss, pairs)
 

@@ -55,7 +55,10 @@ def select_backend(
 
 def triton_is_installed() -> bool:
     """Whether the `triton` package can be imported, without importing it."""
-    return importlib.util.find_spec("triton") is not None
+    try:
+        return importlib.util.find_spec("triton") is not None
+    except ModuleNotFoundError:  # an import hook that says so in its own way
+        return False
 
 
 def _check_triton_runs(device: torch.device, dtype: torch.dtype | None) -> None:

@@ -82,6 +82,8 @@ def orpo_loss(
         ValueError: the shapes do not fit, `pair_count` is negative, or (on the CPU) a completion
             id belongs to no pair.
     """
+    if logps.ndim != 1:
+        raise ValueError(f"logps must be [M], found {tuple(logps.shape)}")
     _check("logps", logps, completion_ids, nll_mask, pair_count)
     pairs = max(pair_count, 1) if pair_normalizer is None else pair_normalizer
     tokens = nll_mask.sum().clamp_min(1) if nll_normalizer is None else nll_normalizer
@@ -127,17 +129,18 @@ def _scalar(value: Tensor | float, like: Tensor) -> Tensor:
 def _check(
     name: str, rows: Tensor, completion_ids: Tensor, nll_mask: Tensor, pair_count: int
 ) -> None:
-    if not rows.shape == completion_ids.shape == nll_mask.shape or rows.ndim != 1:
+    if not rows.shape == completion_ids.shape == nll_mask.shape:
         raise ValueError(
-            f"{name}, completion_ids and nll_mask must be [M] alike: "
+            f"{name}, completion_ids and nll_mask must be shaped alike: "
             f"{tuple(rows.shape)}, {tuple(completion_ids.shape)}, {tuple(nll_mask.shape)}"
         )
     if nll_mask.dtype != torch.bool:
         raise ValueError(f"nll_mask must be bool, found {nll_mask.dtype}")
     if pair_count < 0:
         raise ValueError(f"pair_count must not be negative, found {pair_count}")
-    # On other devices looking would wait for the device.
-    if completion_ids.device.type == "cpu" and completion_ids.numel():
+    # On other devices looking would wait for the device; a compiled graph must not look either.
+    looks = completion_ids.device.type == "cpu" and not torch.compiler.is_compiling()
+    if looks and completion_ids.numel():
         highest = int(completion_ids.max())
         if highest >= 2 * pair_count:
             raise ValueError(
@@ -188,11 +191,11 @@ def fused_orpo_loss(
     """ORPO's loss straight from hidden states and an LM head, without the logits tensor.
 
     Args:
-        hidden: [M, D] hidden states of the rows that are scored.
+        hidden: [..., D] hidden states of the rows that are scored.
         weight: [V, D] LM head.
-        targets: [M] int64, the token each row predicts, or `ignore_index`.
-        completion_ids: [M] int64; 2n chosen, 2n+1 rejected tokens of pair n, -1 neither.
-        nll_mask: [M] bool, the rows of the NLL term.
+        targets: [...] int64, the token each row predicts, or `ignore_index`.
+        completion_ids: [...] int64; 2n chosen, 2n+1 rejected tokens of pair n, -1 neither.
+        nll_mask: [...] bool, the rows of the NLL term.
         pair_count: P, the number of pairs.
         alpha: see `orpo_loss`.
         temperature: see `orpo_loss`.
@@ -234,9 +237,9 @@ def fused_orpo_loss(
         completion_ids = torch.where(is_scored, completion_ids, -torch.ones_like(completion_ids))
         nll_mask = nll_mask & is_scored
     return orpo_loss(
-        logps,
-        completion_ids,
-        nll_mask,
+        logps.reshape(-1),
+        completion_ids.reshape(-1),
+        nll_mask.reshape(-1),
         pair_count=pair_count,
         alpha=alpha,
         temperature=temperature,

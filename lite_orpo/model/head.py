@@ -20,12 +20,12 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lite_orpo_kernels import fused_linear_logprobs, logprobs_from_logits, select_backend
 
 from ..errors import ModelError
+from .head_parts import HeadParts, parts_of_head
 
 logger = logging.getLogger(__name__)
 
@@ -100,15 +100,21 @@ class ScoredHead:
             return logprobs_from_logits(rows, targets)
         output = _backbone(self.causal_lm)(*args, use_cache=False, **_for_backbone(kwargs))
         rows = output.last_hidden_state.flatten(0, 1).index_select(0, index)
-        linear = _plain_linear(self.causal_lm.get_output_embeddings())
-        assert linear is not None, "verify() has seen a plain head"
+        parts = parts_of_head(self.causal_lm.get_output_embeddings())
+        if parts is None:
+            raise ModelError(
+                "the output head is no longer the one the trainer started with (an adapter was "
+                "merged or exchanged); make a new trainer"
+            )
         return fused_linear_logprobs(
             rows,
-            linear.weight,
+            parts.linear.weight,
             targets,
-            bias=linear.bias,
+            bias=parts.linear.bias,
+            low_rank=parts.low_rank(rows),
             logit_scale=self.transform.logit_scale,
             softcap=self.transform.softcap,
+            ignore_index=None,  # every chosen position carries a target
             backend=self.backend,
             workspace_bytes=self.workspace_bytes,
         )
@@ -122,23 +128,26 @@ class ScoredHead:
                 self.causal_lm.forward = self._own_forward
 
 
-def attach_scored_head(model: Any, *, backend: str, workspace_bytes: int) -> ScoredHead:
+def attach_scored_head(
+    model: Any, *, backend: str, workspace_bytes: int, device: torch.device | str
+) -> ScoredHead:
     """Teach the innermost CausalLM of `model` the argument `score_rows`.
 
     Args:
         model: a transformers CausalLM, maybe wrapped by PEFT.
         backend: backend of `fused_linear_logprobs`.
         workspace_bytes: its workspace.
+        device: where the model will be when it runs.
 
     Returns:
         The attached head; call `verify()` when the model is on its device.
 
     Raises:
-        ModelError: the backend is unknown.
+        ModelError: the backend is unknown, or cannot run on the device.
     """
     try:
-        select_backend("cpu", backend)
-    except ValueError as error:
+        select_backend(device, backend)
+    except (ValueError, ModuleNotFoundError) as error:
         raise ModelError(f"loss_backend: {error}") from None
     causal_lm = innermost_causal_lm(model)
     previous = causal_lm.__dict__.get("_lite_orpo_head")
@@ -177,17 +186,6 @@ def _for_backbone(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in kwargs.items() if k not in ("labels", "logits_to_keep", "return_dict")}
 
 
-def _plain_linear(head: Any) -> nn.Linear | None:
-    """The linear layer that a head computes with, or None if it is more than one product."""
-    if hasattr(head, "modules_to_save") and hasattr(head, "original_module"):
-        # PEFT keeps two copies; which one counts changes when the adapter is switched off.
-        if head.disable_adapters or not head.active_adapters:
-            return _plain_linear(head.original_module)
-        return _plain_linear(head.modules_to_save[head.active_adapters[0]])
-    is_plain = isinstance(head, nn.Linear) and head.weight.is_floating_point()
-    return head if is_plain else None
-
-
 def _candidates(config: Any) -> Iterator[HeadTransform]:
     """Transforms that a configuration may mean, the likeliest first."""
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
@@ -218,24 +216,24 @@ def _find_transform(
     causal_lm: Any, own_forward: Callable[..., Any]
 ) -> tuple[HeadTransform | None, str]:
     get_head = getattr(causal_lm, "get_output_embeddings", None)
-    linear = _plain_linear(get_head()) if callable(get_head) else None
-    if linear is None:
-        return None, "its output head is no plain linear layer"
+    parts = parts_of_head(get_head()) if callable(get_head) else None
+    if parts is None:
+        return None, "its output head is no plain linear layer, nor one with a plain LoRA"
     if _backbone(causal_lm) is causal_lm:
         return None, "its backbone is not known"
     was_training = causal_lm.training
     causal_lm.eval()
     try:
-        probe = _probe(causal_lm, own_forward, linear)
+        probe = _probe(causal_lm, own_forward, parts)
     finally:
         causal_lm.train(was_training)
     if probe is None:
         return None, "its head is not called in its forward pass"
-    eps = torch.finfo(linear.weight.dtype).eps
+    eps = torch.finfo(parts.linear.weight.dtype).eps
     # Rounding of the dtype, with room for a different order of summation.
     if not _close(probe.head_input, probe.hidden, 16 * eps):
         return None, "its head does not get the backbone's output as it is"
-    product = F.linear(probe.rows, linear.weight, linear.bias).float()
+    product = parts.product(probe.rows)
     for transform in _candidates(causal_lm.config):
         # The same product, rounded at most four times: in bf16, 16 eps would excuse a soft-cap
         # of 100 or a scale of 1.05.
@@ -244,15 +242,15 @@ def _find_transform(
     return None, "its logits are changed in a way that is not known here"
 
 
-def _probe(causal_lm: Any, own_forward: Callable[..., Any], linear: nn.Linear) -> _Probe | None:
-    device = linear.weight.device
-    tokens = torch.arange(4, device=device).unsqueeze(0) % linear.weight.shape[0]
+def _probe(causal_lm: Any, own_forward: Callable[..., Any], parts: HeadParts) -> _Probe | None:
+    device = parts.linear.weight.device
+    tokens = torch.arange(4, device=device).unsqueeze(0) % parts.linear.weight.shape[0]
     mask = torch.ones_like(tokens)
     seen: dict[str, Tensor] = {}
 
     def swap_input(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
         seen["head_input"] = inputs[0]
-        natural = F.linear(inputs[0], linear.weight, linear.bias).float().abs().max()
+        natural = parts.product(inputs[0]).abs().max()
         seen["rows"] = inputs[0] * (PROBE_LOGIT_RANGE / natural.clamp_min(1e-6)).to(inputs[0].dtype)
         return (seen["rows"],)
 

@@ -128,7 +128,7 @@ def test_the_best_checkpoints_figures_are_the_best_checkpoints(train):
         ("lora_modules_to_save=[lm_hed]", "has no module 'lm_hed'"),
         ("lora_target_modules=[q_porj]", "the adapter does not fit"),
         ("report_to=tensorboard", "ensorboard"),
-        ("loss_backend=triton", "loss_backend"),
+        ("loss_backend=tritn", "loss_backend: backend='tritn' is unknown"),
         ("model_name_or_path=examples/demo_data", "the folder has no config.json"),
         ("resume_from_checkpoint=nowhere", "is no checkpoint"),
     ],
@@ -138,6 +138,13 @@ def test_a_setting_that_cannot_work_is_one_line_and_exit_2(train, word, message)
     lines = [line for line in error.splitlines() if line]
     assert code == 2, error
     assert len(lines) == 1 and message in lines[0], error
+
+
+def test_triton_without_a_gpu_is_refused_in_one_line(train, monkeypatch):
+    monkeypatch.setattr("lite_orpo_kernels.backends._kernels_are_interpreted", lambda: False)
+    code, error, _ = train("loss_backend=triton")
+    assert code == 2 and 'loss_backend: backend="triton" needs a GPU' in error
+    assert len(error.splitlines()) == 1
 
 
 def test_the_base_models_folder_is_never_written(train, tmp_path):

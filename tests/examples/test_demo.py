@@ -95,23 +95,3 @@ def test_the_saved_adapter_loads_and_changes_the_model(demo, monkeypatch):
         with adapter_switched_off(model):
             base = model(**ids).logits
     assert (trained - base).abs().max() > 0.1
-
-
-def test_the_loss_works_in_a_loop_of_ones_own(tmp_path):
-    command = [sys.executable, "examples/fused_loss_in_your_loop.py", "--steps", "20"]
-    command += ["--output-dir", str(tmp_path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    losses = re.findall(r"^(.+): loss (\S+) -> (\S+) in 20 steps$", done.stdout, re.MULTILINE)
-    assert [name for name, *_ in losses] == ["plain PyTorch", "transformers Trainer"]
-    for name, first, last in losses:
-        assert float(last) < float(first), name
-
-
-def test_each_loop_of_ones_own_is_under_60_lines():
-    source = (ROOT / "examples" / "fused_loss_in_your_loop.py").read_text()
-    functions = re.split(r"\n(?=def |class )", source)
-    assert max(part.count("\n") for part in functions) < 60

@@ -4,7 +4,7 @@ what is refused in which words."""
 import pytest
 import torch
 
-from lite_orpo_kernels import Backend, fused_linear_logprobs, select_backend
+from lite_orpo_kernels import fused_linear_logprobs
 from lite_orpo_kernels.reference import linear_logprobs_reference
 
 BACKENDS = ["chunked", "reference"]
@@ -256,11 +256,3 @@ def test_target_outside_the_vocabulary_is_named(target, backend):
     targets[3] = target
     with pytest.raises(IndexError, match=rf"target {target} lies outside \[0, 150\).*-100"):
         fused_linear_logprobs(hidden, weight, targets, backend=backend)
-
-
-def test_backend_selection_gives_its_reason():
-    auto = select_backend("cpu")
-    assert isinstance(auto, Backend) and auto.name == "chunked" and "cpu" in auto.reason
-    assert select_backend(torch.device("cpu"), "reference") == Backend("reference", "asked for")
-    with pytest.raises(ValueError, match="'eager' is unknown"):
-        select_backend("cpu", "eager")

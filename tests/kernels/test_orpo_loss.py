@@ -286,6 +286,17 @@ def test_a_step_cut_into_calls_adds_up_to_one_call(kind):
     torch.testing.assert_close(torch.cat(gradients), gradient(whole.loss, batch), **FP64)
 
 
+def test_rows_may_come_as_a_batch():
+    batch = make_batch([(2, 3, 5), (4, 1, 5)])
+    shaped = batch._replace(
+        **{
+            name: getattr(batch, name).unflatten(0, (4, -1)).clone()
+            for name in ("hidden", "targets", "completion_ids", "nll_mask")
+        }
+    )
+    torch.testing.assert_close(tuple(shaped.call()), tuple(batch.call()), **FP64)
+
+
 def test_row_order_does_not_matter():
     batch = make_batch()
     order = torch.randperm(len(batch.targets), generator=torch.Generator().manual_seed(5))

@@ -54,6 +54,14 @@ ids = torch.tensor([0, 0, 1, 1])
 targets = torch.tensor([1, 2, 3, 4])
 fused_orpo_loss(hidden, torch.randn(9, 8), targets, ids, ids == 0, pair_count=1).loss.backward()
 assert hidden.grad.isfinite().all()
+try:
+    fused_orpo_loss(
+        hidden, torch.randn(9, 8), targets, ids, ids == 0, pair_count=1, backend="triton"
+    )
+except ModuleNotFoundError as error:
+    assert "needs the package triton" in str(error) and error.name == "triton", error
+else:
+    raise AssertionError("ran Triton kernels without triton")
 assert not set({BLOCKED!r}) & set(sys.modules), set({BLOCKED!r}) & set(sys.modules)
 print("ran")
 """

@@ -15,7 +15,7 @@ WRAPPED = pytest.mark.parametrize("wrap", [lambda m: m, with_lora], ids=["plain"
 
 
 def attached(model):
-    head = attach_scored_head(model.eval(), backend="auto", workspace_bytes=2**20)
+    head = attach_scored_head(model.eval(), backend="auto", workspace_bytes=2**20, device="cpu")
     head.verify()
     return head
 

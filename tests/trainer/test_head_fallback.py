@@ -8,6 +8,7 @@ from test_head_architectures import attached, padded_batch, parts_of
 from tiny_models import tiny_model, trainer_for, with_lora
 from torch import nn
 
+from lite_orpo.errors import ModelError
 from lite_orpo.model.adapter import adapter_switched_off
 
 
@@ -133,8 +134,16 @@ def test_training_mode_is_as_it_was_after_the_check():
 # ---- adapters on the head itself ----
 
 
-def test_lora_on_the_head_takes_the_full_logits_with_a_warning_and_is_right(caplog):
-    model = with_lora(tiny_model("llama"), target_modules=["q_proj", "lm_head"])
+VARIANTS = {
+    "dora": {"use_dora": True},
+    "bias": {"lora_bias": True},
+}
+
+
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+def test_more_than_a_plain_lora_on_the_head_takes_the_full_logits_and_is_right(variant, caplog):
+    model = with_lora(tiny_model("llama"), target_modules=["q_proj", "lm_head"], **variant)
     with caplog.at_level(logging.WARNING, logger="lite_orpo"):
         head = attached(model)
     assert not head.is_fused
@@ -144,6 +153,70 @@ def test_lora_on_the_head_takes_the_full_logits_with_a_warning_and_is_right(capl
     found.mean().backward()
     for name in ("lora_A", "lora_B"):
         assert getattr(model.base_model.model.lm_head, name).default.weight.grad.any()
+
+
+def with_lora_on_the_head(name="llama", **options):
+    return with_lora(tiny_model(name), target_modules=["q_proj", "lm_head"], **options)
+
+
+def gradients_of(value, model):
+    model.zero_grad()
+    value.mean().backward()
+    return {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+@pytest.mark.parametrize("name", ["llama", "gemma2", "cohere"])
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True, "lora_alpha": 3}], ids=["lora", "rs"])
+def test_lora_on_the_head_is_fused_and_gets_its_gradients(name, options):
+    # A tied head too: PEFT leaves the shared weight alone.
+    model = with_lora_on_the_head(name, **options)
+    assert attached(model).is_fused
+    found, expected = parts_of(model)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5)
+    ours, theirs = gradients_of(found, model), gradients_of(expected, model)
+    assert ours.keys() == theirs.keys()
+    assert {"lora_A", "lora_B"} <= {part for k in ours if "lm_head" in k for part in k.split(".")}
+    for key, value in theirs.items():
+        torch.testing.assert_close(ours[key], value, rtol=1e-3, atol=1e-6, msg=key)
+    # Without the adapter the log-probabilities are others: it was not left out on both sides.
+    batch, score_rows = padded_batch(model.config.vocab_size)
+    with torch.no_grad(), adapter_switched_off(model):
+        assert (model(**batch, score_rows=score_rows) - found).abs().max() > 0.01
+
+
+@torch.no_grad()
+def test_two_adapters_on_the_head_both_count():
+    model = with_lora_on_the_head()
+    model.add_adapter("second", model.peft_config["default"])
+    for name, parameter in model.named_parameters():
+        if "second" in name:
+            parameter.copy_(torch.linspace(-0.3, 0.2, parameter.numel()).view_as(parameter))
+    model.base_model.set_adapter(["default", "second"])
+    assert attached(model).is_fused
+    found, expected = parts_of(model)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_merged_adapter_on_the_head_counts_once():
+    model = with_lora_on_the_head()
+    attached(model)
+    before, _ = parts_of(model)
+    model.merge_adapter()
+    merged, expected = parts_of(model)
+    torch.testing.assert_close(merged.double(), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(merged, before, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_head_that_changed_its_kind_is_one_line():
+    model = with_lora_on_the_head()
+    attached(model)
+    model.base_model.model.lm_head = nn.Sequential(model.base_model.model.lm_head)
+    batch, score_rows = padded_batch(model.config.vocab_size)
+    with pytest.raises(ModelError, match="make a new trainer"):
+        model(**batch, score_rows=score_rows)
 
 
 def with_trained_head():
@@ -189,6 +262,16 @@ def parts_of_base(base, batch, score_rows):
     return logits.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
 
 
+def test_a_lora_on_the_head_moves_in_training(tmp_path):
+    model = with_lora_on_the_head()
+    up = model.base_model.model.lm_head.lora_B["default"].weight
+    before = up.detach().clone()
+    trainer = trainer_for(model, tmp_path, max_steps=1, learning_rate=0.01)
+    assert trainer.head.is_fused
+    trainer.train()
+    assert not torch.equal(up, before)
+
+
 def test_a_trained_head_moves_in_training_and_the_original_stays(tmp_path):
     model, saved = with_trained_head()
     original = model.base_model.model.lm_head.original_module.weight
@@ -198,11 +281,11 @@ def test_a_trained_head_moves_in_training_and_the_original_stays(tmp_path):
     assert torch.equal(original, original_before)
 
 
-def lora_on_the_head():
-    return with_lora(tiny_model(), target_modules=["lm_head"])
+def dora_on_the_head():
+    return with_lora(tiny_model(), target_modules=["lm_head"], use_dora=True)
 
 
-@pytest.mark.parametrize("make", [lying_gemma2, lora_on_the_head])
+@pytest.mark.parametrize("make", [lying_gemma2, dora_on_the_head])
 def test_a_model_on_the_full_logits_way_trains(make, tmp_path):
     trainer = trainer_for(make(), tmp_path, max_steps=2, learning_rate=0.01)
     assert not trainer.head.is_fused
