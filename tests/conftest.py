@@ -9,6 +9,8 @@ import torch
 os.environ["HF_HUB_OFFLINE"] = "1"
 # TRL warns on import that its ORPO is experimental; warnings are errors here.
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+# On a GPU, torch's deterministic mode (tests/kernels) asks for this before cuBLAS is loaded.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 # Without a GPU the Triton kernels themselves run in Triton's interpreter. It must be chosen
 # before they are defined.

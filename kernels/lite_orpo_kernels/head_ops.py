@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .chunked import chunked_head_gradients, chunked_rest_sums
 from .head import Head, HeadGradients, HeadTransform, RestSums, Wanted, accumulation_dtype
+from .launch_config import on_device
 
 # A copy of this package under another name must not meet the first one's operators.
 NAMESPACE = (__package__ or "lite_orpo_kernels").replace(".", "_")
@@ -61,7 +62,10 @@ def _rest_sums(
     if backend == "triton":
         from .fused_logprobs import triton_rest_sums
 
-        return triton_rest_sums(rows, head, targets, workspace_bytes, want_direction=want_direction)
+        with on_device(rows.device):
+            return triton_rest_sums(
+                rows, head, targets, workspace_bytes, want_direction=want_direction
+            )
     return chunked_rest_sums(rows, head, targets, workspace_bytes, want_direction=want_direction)
 
 
@@ -81,7 +85,10 @@ def _head_gradients(
     if backend == "triton":
         from .fused_head_gradients import triton_head_gradients
 
-        return triton_head_gradients(rows, head, targets, rest_lse, scale, workspace_bytes, wanted)
+        with on_device(rows.device):
+            return triton_head_gradients(
+                rows, head, targets, rest_lse, scale, workspace_bytes, wanted
+            )
     return chunked_head_gradients(rows, head, targets, rest_lse, scale, workspace_bytes, wanted)
 
 

@@ -5,6 +5,7 @@ the class's shared memory and spills no register (tests compile all of them for 
 without the cards); `autotune.py` looks for a better one on the card at hand, when asked.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -131,3 +132,12 @@ def override(device: torch.device | str, dtype: torch.dtype, config: LaunchConfi
             f"rows.block_c={config.rows.block_c} must divide logits.block_v={config.logits.block_v}"
         )
     _overrides[key] = config
+
+
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Make `device` the current one: Triton launches there, whatever its tensors' device is."""
+    if device.type == "cuda":
+        return torch.cuda.device(device)
+    if device.type == "xpu":
+        return torch.xpu.device(device)
+    return nullcontext()

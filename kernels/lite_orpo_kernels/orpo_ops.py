@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .head_ops import NAMESPACE
+from .launch_config import on_device
 
 
 @torch.library.custom_op(f"{NAMESPACE}::orpo_terms", mutates_args=())
@@ -29,7 +30,8 @@ def _orpo_terms(
     from .fused_orpo import ORPOInputs, triton_orpo_terms
 
     inputs = ORPOInputs(completion_ids, nll_mask, pair_normalizer, nll_normalizer)
-    terms = triton_orpo_terms(logps, inputs, pair_count, alpha, temperature)
+    with on_device(logps.device):
+        terms = triton_orpo_terms(logps, inputs, pair_count, alpha, temperature)
     # An operator returns a plain tuple.
     loss, nll, odds, chosen, rejected, log_odds, slopes = terms
     return loss, nll, odds, chosen, rejected, log_odds, slopes
@@ -65,7 +67,8 @@ def _orpo_gradient(
     from .fused_orpo import ORPOInputs, triton_orpo_gradient
 
     inputs = ORPOInputs(completion_ids, nll_mask, pair_normalizer, nll_normalizer)
-    return triton_orpo_gradient(inputs, slopes, gradients, alpha)
+    with on_device(slopes.device):
+        return triton_orpo_gradient(inputs, slopes, gradients, alpha)
 
 
 @_orpo_gradient.register_fake

@@ -43,6 +43,8 @@ class Cost(TorchDispatchMode):
                 return INSIDE_OF_OPERATORS[func](*args, **(kwargs or {}))
         given = {t.untyped_storage()._cdata for t in tree_iter((args, kwargs)) if _is_tensor(t)}
         out = func(*args, **(kwargs or {}))
+        if func.overloadpacket is torch.ops.aten.set_:
+            return out  # Triton's interpreter, looking at a tensor that is there
         factors = FACTORS_OF_PRODUCTS.get(func.overloadpacket)
         if factors is not None:
             left, right = args[factors]
