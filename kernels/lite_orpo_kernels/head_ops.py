@@ -20,9 +20,7 @@ from torch import Tensor
 from .chunked import chunked_head_gradients, chunked_rest_sums
 from .head import Head, HeadGradients, HeadTransform, RestSums, Wanted, accumulation_dtype
 from .launch_config import on_device
-
-# A copy of this package under another name must not meet the first one's operators.
-NAMESPACE = (__package__ or "lite_orpo_kernels").replace(".", "_")
+from .operators import register_operator
 
 
 class Settings(NamedTuple):
@@ -92,8 +90,7 @@ def _head_gradients(
     return chunked_head_gradients(rows, head, targets, rest_lse, scale, workspace_bytes, wanted)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::linear_logprobs", mutates_args=())
-def _linear_logprobs(
+def _logprobs_of_kept_rows(
     rows: Tensor,
     weight: Tensor,
     low_rank: Tensor | None,
@@ -127,8 +124,7 @@ def _linear_logprobs(
     )
 
 
-@_linear_logprobs.register_fake
-def _(
+def _shapes_of_logprobs(
     rows: Tensor,
     weight: Tensor,
     low_rank: Tensor | None,
@@ -146,8 +142,7 @@ def _(
     return per_row, torch.empty_like(per_row), torch.empty_like(per_row), direction
 
 
-@torch.library.custom_op(f"{NAMESPACE}::linear_logprobs_gradients", mutates_args=())
-def _linear_logprobs_gradients(
+def _gradients_of_kept_rows(
     rows: Tensor,
     weight: Tensor,
     low_rank: Tensor | None,
@@ -187,8 +182,7 @@ def _of_wanted(
     return rows, weight, low_rank, bias
 
 
-@_linear_logprobs_gradients.register_fake
-def _(
+def _shapes_of_gradients(
     rows: Tensor,
     weight: Tensor,
     low_rank: Tensor | None,
@@ -206,6 +200,12 @@ def _(
     tensors = (rows, weight, low_rank, bias)
     like = [None if tensor is None else torch.empty_like(tensor) for tensor in tensors]
     return _of_wanted(like, wanted, rows)
+
+
+_linear_logprobs = register_operator("linear_logprobs", _logprobs_of_kept_rows, _shapes_of_logprobs)
+_linear_logprobs_gradients = register_operator(
+    "linear_logprobs_gradients", _gradients_of_kept_rows, _shapes_of_gradients
+)
 
 
 class _LinearLogProbs(torch.autograd.Function):

@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .head_ops import NAMESPACE
 from .launch_config import on_device
+from .operators import register_operator
 
 
-@torch.library.custom_op(f"{NAMESPACE}::orpo_terms", mutates_args=())
-def _orpo_terms(
+def _launch_orpo_terms(
     logps: Tensor,
     completion_ids: Tensor,
     nll_mask: Tensor,
@@ -37,8 +36,7 @@ def _orpo_terms(
     return loss, nll, odds, chosen, rejected, log_odds, slopes
 
 
-@_orpo_terms.register_fake
-def _(
+def _shapes_of_orpo_terms(
     logps: Tensor,
     completion_ids: Tensor,
     nll_mask: Tensor,
@@ -53,8 +51,7 @@ def _(
     return loss, nll, odds, chosen, rejected, log_odds, logps.new_empty(5, pair_count)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::orpo_gradient", mutates_args=())
-def _orpo_gradient(
+def _launch_orpo_gradient(
     completion_ids: Tensor,
     nll_mask: Tensor,
     pair_normalizer: Tensor,
@@ -71,8 +68,7 @@ def _orpo_gradient(
         return triton_orpo_gradient(inputs, slopes, gradients, alpha)
 
 
-@_orpo_gradient.register_fake
-def _(
+def _shapes_of_orpo_gradient(
     completion_ids: Tensor,
     nll_mask: Tensor,
     pair_normalizer: Tensor,
@@ -82,6 +78,10 @@ def _(
     alpha: float,
 ) -> Tensor:
     return slopes.new_empty(completion_ids.shape[0])
+
+
+_orpo_terms = register_operator("orpo_terms", _launch_orpo_terms, _shapes_of_orpo_terms)
+_orpo_gradient = register_operator("orpo_gradient", _launch_orpo_gradient, _shapes_of_orpo_gradient)
 
 
 class _ORPOTerms(torch.autograd.Function):

@@ -20,8 +20,8 @@ FACTORS_OF_PRODUCTS = {
 
 # torch shows a dispatch mode each of our operators as one call: what runs inside is what counts.
 INSIDE_OF_OPERATORS = {
-    operator._opoverload: operator._init_fn
-    for operator in (head_ops._linear_logprobs, head_ops._linear_logprobs_gradients)
+    head_ops._linear_logprobs: head_ops._logprobs_of_kept_rows,
+    head_ops._linear_logprobs_gradients: head_ops._gradients_of_kept_rows,
 }
 
 

@@ -62,6 +62,8 @@ except ModuleNotFoundError as error:
     assert "needs the package triton" in str(error) and error.name == "triton", error
 else:
     raise AssertionError("ran Triton kernels without triton")
+# torch's compiler is 100 MiB and seconds that nobody has asked for.
+assert "torch._dynamo" not in sys.modules
 assert not set({BLOCKED!r}) & set(sys.modules), set({BLOCKED!r}) & set(sys.modules)
 print("ran")
 """

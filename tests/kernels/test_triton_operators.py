@@ -35,7 +35,7 @@ def test_opcheck_of_the_forward_operator(backend, want_direction, parts):
     softcap = None if parts == "plain" else 5.0
     options = (0.5, softcap, -100, backend, 2**20, want_direction)
     arguments = (rows, weight, extra, bias, targets, *options)
-    torch.library.opcheck(head_ops._linear_logprobs._opoverload, arguments)
+    torch.library.opcheck(head_ops._linear_logprobs, arguments)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -46,7 +46,7 @@ def test_opcheck_of_the_gradient_operator(backend, wanted):
     rest_lse, scale = torch.zeros(9, device=DEVICE), torch.ones(9, device=DEVICE)
     arguments = (hidden, weight, None, bias, targets, rest_lse, scale)
     options = (1.0, None, -100, backend, 2**20, wanted)
-    torch.library.opcheck(head_ops._linear_logprobs_gradients._opoverload, (*arguments, *options))
+    torch.library.opcheck(head_ops._linear_logprobs_gradients, (*arguments, *options))
 
 
 def orpo_inputs():
@@ -59,10 +59,10 @@ def test_opcheck_of_the_loss_operators():
     logps = -torch.linspace(0.1, 3, 9, device=DEVICE)
     one = torch.ones((), device=DEVICE)
     inputs = (ids, mask.view(torch.uint8), one, one)
-    torch.library.opcheck(orpo_ops._orpo_terms._opoverload, (logps, *inputs, 2, 0.1, 1.0))
+    torch.library.opcheck(orpo_ops._orpo_terms, (logps, *inputs, 2, 0.1, 1.0))
     gradients = [one] * 3 + [torch.ones(2, device=DEVICE)] * 3
     slopes = torch.ones(5, 2, device=DEVICE)
-    torch.library.opcheck(orpo_ops._orpo_gradient._opoverload, (*inputs, slopes, gradients, 0.1))
+    torch.library.opcheck(orpo_ops._orpo_gradient, (*inputs, slopes, gradients, 0.1))
 
 
 @TRAINABLE
