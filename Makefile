@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint types bench clean
+.PHONY: demo test lint types bench bench-gpu clean
 
 demo: $(STAMP)
 	$(BIN)/lite-orpo train examples/demo.yaml
@@ -22,6 +22,13 @@ types: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/step_memory.py
 	$(BIN)/python benchmarks/head_cpu.py
+
+# On a machine with a GPU; torch, triton and pytest are enough (PYTHON=... to name the interpreter).
+BENCH_GPU_JSON ?= head_gpu.json
+bench-gpu:
+	PYTHONPATH=kernels $(PYTHON) -m pytest -q -p no:cacheprovider tests/kernels/test_triton_logprobs.py \
+		tests/kernels/test_triton_orpo.py tests/kernels/test_triton_filter.py tests/kernels/test_on_gpu.py
+	PYTHONPATH=kernels $(PYTHON) benchmarks/head_gpu.py --json $(BENCH_GPU_JSON)
 
 # Installed again when what is asked for has changed.
 $(STAMP): pyproject.toml constraints.txt

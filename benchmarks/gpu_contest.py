@@ -8,6 +8,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from protocol import print_table, spread
 from torch import Tensor
 
 WRONG = 0.05
-WARM_UP, LEAST_CALLS, SECONDS_A_ROUND = 2, 3, 2.0
+LEAST_CALLS, HOST_CALLS, SECONDS_A_ROUND = 3, 2, 2.0
 MIB = 2**20
 
 
@@ -26,13 +27,7 @@ class Effort(NamedTuple):
 
     rounds: int
     calls: int
-
-
-class Take(NamedTuple):
-    """One call."""
-
-    ms: float
-    host_ms: float
+    warm_up: int = 2
 
 
 class Clock:
@@ -41,21 +36,27 @@ class Clock:
     def __init__(self, device: torch.device) -> None:
         self.is_gpu = device.type == "cuda"
 
-    def takes(self, run: Callable[[], Any], calls: int) -> list[Take]:
-        """Time calls one after the other; nothing waits for the device between them."""
-        gc.collect()
+    def takes(self, run: Callable[[], Any], calls: int) -> list[float]:
+        """Milliseconds of calls one after the other; nothing waits between them."""
         marks: list[Any] = []
-        host = []
         self._wait()
         for _ in range(calls):
             marks.append(self._mark())
-            started = time.perf_counter()
             run()
-            host.append(1e3 * (time.perf_counter() - started))
             marks.append(self._mark())
         self._wait()
-        pairs = zip(marks[::2], marks[1::2], host, strict=True)
-        return [Take(self._between(before, after), on_host) for before, after, on_host in pairs]
+        return [self._between(*pair) for pair in zip(marks[::2], marks[1::2], strict=True)]
+
+    def host_ms(self, run: Callable[[], Any]) -> float:
+        """Milliseconds until a call returns, with the device idle: a full queue would block it."""
+        took = []
+        for _ in range(HOST_CALLS):
+            self._wait()
+            started = time.perf_counter()
+            run()
+            took.append(1e3 * (time.perf_counter() - started))
+        self._wait()
+        return min(took)
 
     def extra_mib(self, run: Callable[[], Any]) -> float | None:
         """Most allocated during a call over what was allocated before."""
@@ -118,13 +119,13 @@ def contest(
             if line["problem"] is not None:
                 continue
             try:
-                clock.takes(lambda m=method: call(m, inputs), min(WARM_UP, line["calls"]))
-                takes = clock.takes(lambda m=method: call(m, inputs), line["calls"])
+                once = partial(call, method, inputs)
+                clock.takes(once, effort.warm_up)
+                takes = clock.takes(once, line["calls"])
             except Exception as error:  # a peer may fail in any way, and the others go on
                 line["problem"] = one_line(error)
                 continue
-            line["rounds_ms"].append(statistics.median(take.ms for take in takes))
-            line["host_ms"].append(statistics.median(take.host_ms for take in takes))
+            line["rounds_ms"].append(statistics.median(takes))
     if lines[UNIT]["problem"] is not None:
         raise RuntimeError(f"the bare product failed: {lines[UNIT]['problem']}")
     units = lines[UNIT]["rounds_ms"]
@@ -145,7 +146,6 @@ def _admit(
         "is_exact": method.is_exact,
         "problem": None,
         "rounds_ms": [],
-        "host_ms": [],
     }
     needed = len(inputs.hidden) * len(inputs.weight) * method.bytes_per_logit / MIB
     free = clock.free_mib()
@@ -157,8 +157,10 @@ def _admit(
         if method.key != UNIT:
             line["errors"] = errors(exact, output, gradient)
         del output, gradient
-        line["extra_mib"] = clock.extra_mib(lambda: call(method, inputs))
-        first = clock.takes(lambda: call(method, inputs), 1)[0]
+        once = partial(call, method, inputs)
+        line["extra_mib"] = clock.extra_mib(once)
+        line["host_ms"] = clock.host_ms(once)
+        first = clock.takes(once, 1)[0]
     except Exception as error:  # as above: what it says goes into the table
         line["problem"] = one_line(error)
         return line
@@ -166,7 +168,7 @@ def _admit(
     # Not `> WRONG`: NaN is wrong too.
     if not all(error <= WRONG for error in seen.values()):
         line["problem"] = "WRONG: " + ", ".join(f"{n} off by {e:.1%}" for n, e in seen.items())
-    affordable = int(1e3 * SECONDS_A_ROUND / max(first.ms, 1e-3))
+    affordable = int(1e3 * SECONDS_A_ROUND / max(first, 1e-3))
     line["calls"] = min(effort.calls, max(LEAST_CALLS, affordable))
     return line
 
@@ -187,7 +189,7 @@ def print_lines(title: str, lines: dict[str, dict[str, Any]]) -> None:
                 "exact" if line["is_exact"] else "APPROX",
                 f"{ms['median']:.3f} ({ms['min']:.3f}-{ms['max']:.3f})" if ms else "-",
                 f"{ratio['median']:.2f} ({ratio['min']:.2f}-{ratio['max']:.2f})" if ratio else "-",
-                number(statistics.median(line["host_ms"]) if ms else None, ".2f"),
+                number(line.get("host_ms") if ms else None, ".2f"),
                 number(line.get("extra_mib"), ",.0f"),
                 number(found.get("gradient"), ".1e"),
                 number(found.get("worst_row"), ".1e"),

@@ -34,6 +34,13 @@ class Method(NamedTuple):
     """What must be free for it to be tried."""
 
 
+def _bare_product(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    return torch.mm(hidden, weight.t())
+
+
+BARE_PRODUCT = Method(UNIT, "bare torch.mm(h, W.T)", _bare_product, wants_gradient=False)
+
+
 class Found(NamedTuple):
     """Methods that can be tried, and why others cannot."""
 
@@ -44,7 +51,7 @@ class Found(NamedTuple):
 def head_methods() -> Found:
     """Every head, forward and backward; then the forward pass alone."""
     own = [
-        Method(UNIT, "bare torch.mm(h, W.T)", _bare_product, wants_gradient=False),
+        BARE_PRODUCT,
         Method("triton", "lite-orpo, Triton", ours("triton")),
         Method("chunked", "lite-orpo, chunked PyTorch", ours("chunked")),
         Method(
@@ -55,11 +62,11 @@ def head_methods() -> Found:
         {"torch_chunked": _torch, "trl_chunked": _trl, "liger_flce": _liger, "cce": _cce}
     )
     forward_only = [
-        by_key._replace(
-            key=f"{by_key.key}_no_grad", title=f"{by_key.title}, no_grad", wants_gradient=False
+        method._replace(
+            key=f"{method.key}_no_grad", title=f"{method.title}, no_grad", wants_gradient=False
         )
-        for by_key in own[1:]
-        if by_key.key != "chunked"
+        for method in own
+        if method.key in ("triton", "eager")
     ]
     return Found(own + peers + forward_only, left_out)
 
@@ -79,7 +86,7 @@ def ours(backend: str, **options: Any) -> Head:
 def loss_methods(pairs: int) -> Found:
     """The whole ORPO loss; rows are 2 * pairs completions of one length, the chosen first."""
     own = [
-        Method(UNIT, "bare torch.mm(h, W.T)", _bare_product, wants_gradient=False),
+        BARE_PRODUCT,
         Method("triton", "lite-orpo fused_orpo_loss", orpo_loss_of(pairs, "triton")),
         Method(
             "eager",
@@ -112,10 +119,6 @@ def orpo_loss_of(pairs: int, backend: str) -> Head:
         ).loss
 
     return loss
-
-
-def _bare_product(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    return torch.mm(hidden, weight.t())
 
 
 def _load(loaders: dict[str, Callable[[], list[Method]]]) -> Found:

@@ -6,8 +6,9 @@ and Triton; peers take part where they can be imported. Every figure stands besi
 
 - Time: CUDA events around a call, median of 20 calls; methods take turns in 3 rounds, and the table
   holds the median of the rounds with the least and the most. A method of more than 2 s a round is
-  called less often (the column says how often). "host ms" is the time until a call returned: where
-  it is close to the time, launches are what is measured. The L2 cache is left as it is.
+  called less often (the column says how often). "host ms" is the time until a call returned with
+  the device idle before: where it is close to the time, launches (or a wait inside) are what is
+  measured. The L2 cache is left as it is.
 - Memory: most that torch had allocated during a call over what it had before, after a first call.
   It includes the log-probabilities and the gradient of hidden [rows, D], which everybody makes.
 - Error: of the gradient of hidden and of the log-probabilities, on up to 512 rows, against fp64. A
@@ -42,7 +43,7 @@ sys.path.insert(0, str(ROOT / "kernels"))
 
 import torch  # noqa: E402
 from gpu_contest import MIB, Effort, contest, print_lines  # noqa: E402
-from gpu_peers import UNIT, Method, head_methods, loss_methods, orpo_loss_of, ours  # noqa: E402
+from gpu_peers import BARE_PRODUCT, Method, head_methods, loss_methods, orpo_loss_of, ours  # noqa: E402
 from peaked_activations import (  # noqa: E402
     Activations,
     Exact,
@@ -69,10 +70,10 @@ SHAPES = {
     "llama3.1-8b": (4096, 128_256),
     "gemma2-2b": (2304, 256_000),
 }
-TINY = {"tiny": (64, 1000)}
-ROWS, TINY_ROWS = (1024, 4096, 8192), (40, 96)
-WORKSPACES = {"qwen2.5-0.5b": 4096, "llama3.1-8b": 8192, "activations": 4096, "tiny": 96}
-LOSS_ROWS = {"llama3.2-1b": 4096, "activations": 4096, "tiny": 96}
+TINY = {"tiny": (64, 150)}
+ROWS, TINY_ROWS = (1024, 4096, 8192), (8, 16)
+WORKSPACES = {"qwen2.5-0.5b": 4096, "llama3.1-8b": 8192, "activations": 4096, "tiny": 16}
+LOSS_ROWS = {"llama3.2-1b": 4096, "activations": 4096, "tiny": 16}
 PAIRS = 4
 TILES = (
     (128, 128, 64, 8, 3),
@@ -152,7 +153,7 @@ def measure_workspaces(plan: Plan, name: str) -> dict[str, Any]:
     inputs = plan.inputs(name, WORKSPACES[name])
     head = Head(inputs.weight, None, None, HeadTransform(1.0, None))
     config = launch_config(plan.device, torch.bfloat16)
-    methods = [_unit()]
+    methods = [BARE_PRODUCT]
     for mib in (32, 64, 128, 256):
         cut = plan_chunks(len(inputs.hidden), head, config, mib * MIB, keeps_weights=True)
         title = f"{mib} MiB: {cut.rows} rows x {cut.columns} columns"
@@ -194,24 +195,25 @@ def tune(plan: Plan, name: str) -> dict[str, Any]:
     for stage in ("logits", "rows"):
         tried = {"as it is": best}
         for tile in tiles:
-            change = (
-                {"logits": LogitsTile(*tile)} if stage == "logits" else {"rows": RowsTile(*tile)}
-            )
-            tried[str(tile)] = best._replace(**change)
-        methods = [_unit(), *(_under(name, config) for name, config in tried.items())]
+            # A tile of rows has the same five numbers, with columns of the chunk for BLOCK_D.
+            other = best._replace(logits=LogitsTile(*tile))
+            if stage == "rows":
+                other = best._replace(rows=RowsTile(*tile))
+            tried[str(tile)] = other
+        methods = [BARE_PRODUCT, *(_under(label, config) for label, config in tried.items())]
         if stage == "logits":
-            methods += [_under(name, config, alone=True) for name, config in tried.items()]
+            methods += [_under(label, config, alone=True) for label, config in tried.items()]
         lines = contest(methods, inputs, exact, plan.effort)
-        print_lines(f"Tiles of {stage}, {name}: {len(inputs.hidden)} rows, rest {best[:2]}", lines)
-        right = [name for name in tried if "ms" in lines[name]]
-        fastest = min(right, key=lambda name: lines[name]["ms"]["median"])
+        print_lines(f"Tiles of {stage}, {name}: {len(inputs.hidden)} rows, from {best[:2]}", lines)
+        times = {label: lines[label]["ms"]["median"] for label in tried if "ms" in lines[label]}
+        fastest = min(times, key=times.__getitem__, default="as it is")
         best = tried[fastest]
         print(f"Fastest: {fastest}: {best[:2]}", flush=True)
         results[stage] = {"tried": {n: list(c) for n, c in tried.items()}, "methods": lines}
     return results
 
 
-def _under(name: str, config: LaunchConfig, *, alone: bool = False) -> Method:
+def _under(label: str, config: LaunchConfig, *, alone: bool = False) -> Method:
     """Our head under one configuration; with a frozen head the forward pass launches everything."""
     fused = ours("triton")
 
@@ -223,12 +225,8 @@ def _under(name: str, config: LaunchConfig, *, alone: bool = False) -> Method:
             override(hidden.device, hidden.dtype, None)
 
     if alone:
-        return Method(f"{name} alone", f"{name}, no_grad", head, wants_gradient=False)
-    return Method(name, name, head)
-
-
-def _unit() -> Method:
-    return next(method for method in head_methods().methods if method.key == UNIT)
+        return Method(f"{label}, no_grad", f"{label}, no_grad", head, wants_gradient=False)
+    return Method(label, label, head)
 
 
 def where_from(plan: Plan, commit: str | None) -> dict[str, Any]:
@@ -250,9 +248,13 @@ def where_from(plan: Plan, commit: str | None) -> dict[str, Any]:
     found["device"] = plan.device.type
     if plan.device.type == "cuda":
         asked = "--query-gpu=name,driver_version,power.limit,clocks.max.sm,clocks.sm"
-        said = subprocess.run(["nvidia-smi", asked, "--format=csv"], capture_output=True, text=True)
+        command = ["nvidia-smi", asked, "--format=csv"]
+        try:
+            said = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+        except OSError:  # the driver works without its tool
+            said = ""
         found["device"] = torch.cuda.get_device_name()
-        found["nvidia_smi"] = said.stdout.strip().splitlines()
+        found["nvidia_smi"] = said.strip().splitlines()
         found["memory_mib"] = torch.cuda.mem_get_info()[1] / MIB
     return found
 
@@ -264,15 +266,15 @@ def planned(options: argparse.Namespace) -> Plan:
     shapes = {name: every[name] for name in options.shapes}
     if options.activations is not None:
         shapes = {"activations": (0, 0)}
-    rows = TINY_ROWS if is_tiny else ROWS
+    rows: tuple[int, ...] = TINY_ROWS if is_tiny else ROWS
     if options.quick:
         rows = rows[1:2]
     effort = Effort(1, 7) if options.quick else Effort(3, 20)
-    if is_tiny:
-        effort = Effort(2, 2)
+    if is_tiny or options.device == "cpu":
+        effort = Effort(2, 2, warm_up=0)
     return Plan(
         shapes,
-        options.rows or rows,
+        tuple(options.rows or rows),
         effort,
         torch.device(options.device),
         options.activations,
@@ -286,6 +288,7 @@ def main(options: argparse.Namespace) -> None:
     plan = planned(options)
     document: dict[str, Any] = {"benchmark": "head_gpu", "rounds": plan.effort.rounds}
     document |= {"calls": plan.effort.calls, "results": {}}
+    document["provenance"] = where_from(plan, options.commit)
     parts = [("tiles", tune, list(plan.shapes))]
     if not options.tune:
         parts = [

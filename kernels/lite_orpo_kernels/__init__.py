@@ -5,12 +5,14 @@ it knows nothing of `lite_orpo`. The public functions are below; everything else
 """
 
 from .backends import Backend, select_backend
+from .gradient_filter import GradientFilter
 from .linear_logprobs import fused_linear_logprobs
 from .orpo import ORPOLoss, fused_orpo_loss, orpo_loss
 from .reference import logprobs_from_logits
 
 __all__ = [
     "Backend",
+    "GradientFilter",
     "ORPOLoss",
     "fused_linear_logprobs",
     "fused_orpo_loss",

@@ -88,15 +88,22 @@ class Chunk(NamedTuple):
     bias: Tensor | None  # [C]
 
 
-class _Target(NamedTuple):
+class Target(NamedTuple):
     """Each row's target and what is known of it once its column has been met, [M] or [R]."""
 
     token: Tensor  # int64
     logit: Tensor  # fp32 bits
     slope: Tensor  # fp32, the soft-cap's derivative
 
-    def rows(self, group: slice) -> "_Target":
-        return _Target(self.token[group], self.logit[group], self.slope[group])
+    @classmethod
+    def unmet(cls, targets: Tensor) -> "Target":
+        """Before any column: a target outside the vocabulary is met nowhere and stays NaN."""
+        logit = torch.full(targets.shape, math.nan, dtype=torch.float32, device=targets.device)
+        return cls(targets.contiguous(), logit, torch.ones_like(logit))
+
+    def rows(self, group: slice) -> "Target":
+        """Those of some rows; what is learnt of them is learnt of these."""
+        return Target(self.token[group], self.logit[group], self.slope[group])
 
 
 def chunk_of(head: Head, start: int, columns: int) -> Chunk:
@@ -127,9 +134,8 @@ def triton_rest_sums(
     config = launch_config(rows.device, rows.dtype, slim=has_softcap)
     count = rows.shape[0]
     chunks = plan_chunks(count, head, config, workspace_bytes, keeps_weights=want_direction)
-    lse = rows.new_empty(count, dtype=torch.float32)
-    # A target outside the vocabulary is met nowhere and stays NaN.
-    target = _Target(targets.contiguous(), torch.full_like(lse, math.nan), torch.ones_like(lse))
+    target = Target.unmet(targets)
+    lse = torch.empty_like(target.logit)
     direction = rows.new_empty(count, head.width) if want_direction else None
     for start in range(0, count, chunks.rows):
         group = slice(start, start + chunks.rows)
@@ -148,7 +154,7 @@ def triton_rest_sums(
 def _sum_group(
     rows: Tensor,
     head: Head,
-    target: _Target,
+    target: Target,
     columns: int,
     config: LaunchConfig,
     lse: Tensor,
@@ -168,33 +174,37 @@ def _sum_group(
         total = lse.new_empty(count, head.width)
     for number, start in enumerate(starts):
         chunk = chunk_of(head, start, columns)
-        _block_sums(rows, chunk, target, head, config, block_lse, weights)
-        fold_block_lse_kernel[(triton.cdiv(count, FOLD_ROWS),)](
-            block_lse,
-            running[number],
-            running[number + 1],
-            count,
-            triton.cdiv(chunk.columns, tile.block_v),
-            BLOCK_T=FOLD_ROWS,
-        )
+        block_sums(rows, chunk, target, head, config, block_lse, weights)
+        blocks = triton.cdiv(chunk.columns, tile.block_v)
+        fold_blocks(block_lse[:blocks], running[number], running[number + 1])
         if weights is not None and total is not None:
             add_weighted_rows(
                 weights, chunk, total, config, (block_lse, running[number], running[number + 1])
             )
     lse.copy_(running[-1, :count])
     if direction is not None and total is not None:
-        _write_direction(total, head, target, lse, direction)
+        write_direction(total, head, target, lse, direction)
 
 
-def _block_sums(
+def fold_blocks(block_lse: Tensor, before: Tensor, after: Tensor) -> None:
+    """Fill after [R] with the logsumexp of before [R] and of block_lse [blocks, R], in bits."""
+    blocks, rows = block_lse.shape
+    fold_block_lse_kernel[(triton.cdiv(rows, FOLD_ROWS),)](
+        block_lse, before, after, rows, blocks, BLOCK_T=FOLD_ROWS
+    )
+
+
+def block_sums(
     rows: Tensor,
     chunk: Chunk,
-    target: _Target,
+    target: Target,
     head: Head,
     config: LaunchConfig,
     block_lse: Tensor,
     weights: Tensor | None,
+    is_kept: Tensor | None = None,
 ) -> None:
+    """Fill block_lse [blocks, R], the target's logit and, if given, e [R, C] of one chunk."""
     out = rows if weights is None else weights
     block_sums_kernel[logits_grid(rows.shape[0], chunk.columns, config)](
         rows,
@@ -203,6 +213,7 @@ def _block_sums(
         *target,
         block_lse,
         out,
+        block_lse if is_kept is None else is_kept.view(torch.uint8),
         rows.shape[0],
         chunk.columns,
         rows.shape[1],
@@ -211,6 +222,7 @@ def _block_sums(
         *chunk.weight.stride(),
         out.stride(0),
         WRITES_WEIGHTS=weights is not None,
+        SKIPS_TILES=is_kept is not None,
         **logits_options(rows, head, config),
     )
 
@@ -234,11 +246,12 @@ def logits_options(rows: Tensor, head: Head, config: LaunchConfig) -> dict[str, 
         "BLOCK_V": tile.block_v,
         "BLOCK_D": tile.block_d,
         "GROUP": GROUP,
-        **_launch_options(rows, tile.warps, tile.stages),
+        **launch_options(rows, tile.warps, tile.stages),
     }
 
 
-def _launch_options(rows: Tensor, warps: int, stages: int) -> dict[str, Any]:
+def launch_options(rows: Tensor, warps: int, stages: int) -> dict[str, Any]:
+    """What every kernel with a matrix product is told."""
     return {
         # One tf32 product would lose fp32's digits; three keep them, on the matrix units.
         "PRECISION": "tf32x3" if rows.dtype == torch.float32 else "tf32",
@@ -250,7 +263,8 @@ def _launch_options(rows: Tensor, warps: int, stages: int) -> dict[str, Any]:
     }
 
 
-def _headroom(weights: Tensor) -> float:
+def headroom_of(weights: Tensor) -> float:
+    """Bits that e is moved up by before the second product, where its dtype has few of them."""
     return FP16_HEADROOM if weights.dtype == torch.float16 else 0.0
 
 
@@ -280,19 +294,20 @@ def add_weighted_rows(
         total.stride(0),
         IS_FIRST=chunk.start == 0,
         IS_RELATIVE=relative_to is not None,
-        HEADROOM=_headroom(weights),
+        HEADROOM=headroom_of(weights),
         BLOCK_T=tile.block_t,
         BLOCK_D=tile.block_d,
         BLOCK_C=tile.block_c,
         BLOCK_V=config.logits.block_v,
         GROUP=GROUP,
-        **_launch_options(weights, tile.warps, tile.stages),
+        **launch_options(weights, tile.warps, tile.stages),
     )
 
 
-def _write_direction(
-    total: Tensor, head: Head, target: _Target, lse: Tensor, direction: Tensor
+def write_direction(
+    total: Tensor, head: Head, target: Target, lse: Tensor, direction: Tensor
 ) -> None:
+    """Fill direction [R, D] from total [R, D], the sum of e * W that refers to lse [R]."""
     first = 0
     for part in (head.weight, head.low_rank):
         if part is None:
@@ -313,7 +328,7 @@ def _write_direction(
             direction.stride(0),
             head.transform.logit_scale,
             HAS_SOFTCAP=head.transform.softcap is not None,
-            HEADROOM=_headroom(direction),
+            HEADROOM=headroom_of(direction),
             BLOCK_D=DIRECTION_COLUMNS,
         )
         first += width

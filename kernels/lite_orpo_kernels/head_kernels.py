@@ -35,7 +35,7 @@ def _tanh(x):
 
 
 @triton.jit
-def _whole_bits(lse):
+def whole_bits(lse):
     """Round a logsumexp up to a whole number of bits; 0 for an empty one."""
     return tl.where(lse == float("-inf"), 0.0, tl.ceil(lse))
 
@@ -123,6 +123,7 @@ def block_sums_kernel(
     target_slope_ptr,  # [R] out, the soft-cap's derivative there
     block_lse_ptr,  # [blocks of C, R] out, bits
     weights_ptr,  # [R, C rounded up to blocks] out
+    kept_ptr,  # [tiles of R, blocks of C] whether the tile is wanted at all
     # sizes
     rows,
     columns,
@@ -140,6 +141,7 @@ def block_sums_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     WRITES_WEIGHTS: tl.constexpr,
+    SKIPS_TILES: tl.constexpr,
     EVEN_D: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -150,6 +152,9 @@ def block_sums_kernel(
 ):
     """One tile of logits: its rows' logsumexp without the target, and e for the second product."""
     pid_t, pid_v = tile_of_program(rows, columns, BLOCK_T, BLOCK_V, GROUP)
+    if SKIPS_TILES:
+        if tl.load(kept_ptr + pid_t * tl.cdiv(columns, BLOCK_V) + pid_v) == 0:
+            return
     offs_t = pid_t * BLOCK_T + tl.arange(0, BLOCK_T)
     offs_v = pid_v * BLOCK_V + tl.arange(0, BLOCK_V)
     z, slope = logits_tile(
@@ -189,14 +194,14 @@ def block_sums_kernel(
         target_slope = tl.sum(tl.where(is_target, slope, 0.0), axis=1)
         tl.store(target_slope_ptr + offs_t, target_slope, mask=mask_t & holds_target)
     z = tl.where(is_target | (offs_v >= columns)[None, :], float("-inf"), z)
-    reference = _whole_bits(tl.max(z, axis=1))
+    reference = whole_bits(tl.max(z, axis=1))
     e = tl.exp2(z - reference[:, None])
     total = tl.sum(e, axis=1)
     block_lse = reference + tl.log2(total)
     offs_block = pid_v.to(tl.int64) * rows + offs_t
     tl.store(block_lse_ptr + offs_block, block_lse, mask=mask_t)
     if WRITES_WEIGHTS:
-        e *= tl.exp2(reference - _whole_bits(block_lse))[:, None]
+        e *= tl.exp2(reference - whole_bits(block_lse))[:, None]
         if HAS_SOFTCAP:
             e *= slope
         weights_ptrs = weights_ptr + offs_t.to(tl.int64)[:, None] * stride_et + offs_v[None, :]
@@ -273,7 +278,7 @@ def add_weighted_rows_kernel(
     acc = tl.zeros((BLOCK_T, BLOCK_D), dtype=tl.float32)
     reference = tl.zeros((BLOCK_T,), dtype=tl.float32)
     if IS_RELATIVE:
-        reference = _whole_bits(tl.load(after_ptr + row)) - HEADROOM
+        reference = whole_bits(tl.load(after_ptr + row)) - HEADROOM
     for c in range(0, columns, BLOCK_C):
         # Past the chunk's end e is 0, and so is what it meets.
         e = tl.load(weights_ptrs)
@@ -283,7 +288,7 @@ def add_weighted_rows_kernel(
             w = w.to(tl.float32)
         if IS_RELATIVE:
             lse = tl.load(block_lse_ptr + tl.cast(c // BLOCK_V, tl.int64) * rows + row)
-            moved = tl.exp2(_whole_bits(lse) - reference)
+            moved = tl.exp2(whole_bits(lse) - reference)
             e = e * tl.where(lse == float("-inf"), 0.0, moved).to(e.dtype)[:, None]
         acc = tl.dot(e, w, acc, input_precision=PRECISION)
         weights_ptrs += BLOCK_C
@@ -295,7 +300,7 @@ def add_weighted_rows_kernel(
         if IS_RELATIVE:
             lse = tl.load(before_ptr + row)
             # A sum that was empty is 0, and exp2 of whatever it referred to may be inf.
-            moved = tl.exp2(_whole_bits(lse) - HEADROOM - reference)
+            moved = tl.exp2(whole_bits(lse) - HEADROOM - reference)
             before *= tl.where(lse == float("-inf"), 0.0, moved)[:, None]
         acc += before
     tl.store(total_ptrs, acc, mask=mask)
@@ -337,7 +342,7 @@ def direction_kernel(
     own = tl.where(target == inside, own, float("nan"))
     if HAS_SOFTCAP:
         own *= tl.load(target_slope_ptr + t)
-    factor = tl.where(lse == float("-inf"), 0.0, tl.exp2(_whole_bits(lse) - HEADROOM - lse))
+    factor = tl.where(lse == float("-inf"), 0.0, tl.exp2(whole_bits(lse) - HEADROOM - lse))
     mean = tl.load(total_ptr + t * stride_ut + offs_d, mask=mask, other=0.0) * factor
     out_ptrs = direction_ptr + t * stride_gt + offs_d
     tl.store(out_ptrs, (logit_scale * (own - mean)).to(direction_ptr.dtype.element_ty), mask=mask)

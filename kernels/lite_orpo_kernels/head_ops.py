@@ -23,6 +23,24 @@ from .launch_config import on_device
 from .operators import register_operator
 
 
+def refuse_second_derivatives() -> None:
+    """Raise RuntimeError in a backward pass that is itself differentiated."""
+    # Grad mode is on there only under create_graph=True. torch's once_differentiable would
+    # let that pass, and drop the function's part of the second derivative silently.
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "the fused log-probabilities and losses are differentiable once; for second "
+            'derivatives use backend="reference"'
+        )
+
+
+def scaled_direction(grad_logps: Tensor, miss: Tensor, direction: Tensor) -> Tensor:
+    """Return the gradient [N, D] of a frozen head's rows, in the dtype of the direction."""
+    # In fp32 and rounded once; but into a half-precision result, without an fp32 copy of it.
+    scale = (grad_logps * miss).unsqueeze(1)
+    return torch.mul(direction, scale, out=torch.empty_like(direction))
+
+
 class Settings(NamedTuple):
     """What a call of the fused operators is told beside its tensors."""
 
@@ -32,7 +50,7 @@ class Settings(NamedTuple):
     workspace_bytes: int
 
 
-def _kept_rows(targets: Tensor, ignore_index: int | None) -> Tensor | None:
+def kept_rows(targets: Tensor, ignore_index: int | None) -> Tensor | None:
     """Indices of the rows to score, or None for all of them; looking waits for the device."""
     if ignore_index is None:
         return None
@@ -40,7 +58,8 @@ def _kept_rows(targets: Tensor, ignore_index: int | None) -> Tensor | None:
     return None if keep.numel() == targets.numel() else keep
 
 
-def _scattered(values: Tensor, keep: Tensor | None, count: int) -> Tensor:
+def scattered(values: Tensor, keep: Tensor | None, count: int) -> Tensor:
+    """Put the kept rows' values where they belong among `count` rows; zero for the others."""
     if keep is None:
         return values
     return values.new_zeros(count, *values.shape[1:]).index_copy_(0, keep, values)
@@ -105,7 +124,7 @@ def _logprobs_of_kept_rows(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-probabilities [N], q [N], rest logsumexp [N], direction [N, D] or [0, D]."""
     head = Head(weight, low_rank, bias, HeadTransform(logit_scale, softcap))
-    keep = _kept_rows(targets, ignore_index)
+    keep = kept_rows(targets, ignore_index)
     count = rows.shape[0]
     if keep is not None:
         rows, targets = rows[keep], targets[keep]
@@ -115,11 +134,11 @@ def _logprobs_of_kept_rows(
     logps = -F.softplus(against, threshold=60.0)
     direction = rows.new_empty(0, rows.shape[1])
     if want_direction and sums.direction is not None:
-        direction = _scattered(sums.direction, keep, count)
+        direction = scattered(sums.direction, keep, count)
     return (
-        _scattered(logps, keep, count),
-        _scattered(torch.sigmoid(against), keep, count),
-        _scattered(sums.rest_lse, keep, count),
+        scattered(logps, keep, count),
+        scattered(torch.sigmoid(against), keep, count),
+        scattered(sums.rest_lse, keep, count),
         direction,
     )
 
@@ -159,7 +178,7 @@ def _gradients_of_kept_rows(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of rows, weight, low_rank and bias; an empty tensor for each not wanted."""
     head = Head(weight, low_rank, bias, HeadTransform(logit_scale, softcap))
-    keep = _kept_rows(targets, ignore_index)
+    keep = kept_rows(targets, ignore_index)
     count = rows.shape[0]
     if keep is not None:
         rows, targets, rest_lse, scale = rows[keep], targets[keep], rest_lse[keep], scale[keep]
@@ -167,7 +186,7 @@ def _gradients_of_kept_rows(
         rows, head, targets, rest_lse, scale, backend, workspace_bytes, Wanted(*wanted)
     )
     if found.rows is not None:
-        found = found._replace(rows=_scattered(found.rows, keep, count))
+        found = found._replace(rows=scattered(found.rows, keep, count))
     return _of_wanted(found, wanted, rows)
 
 
@@ -243,17 +262,10 @@ class _LinearLogProbs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_logps: Tensor) -> tuple[Tensor | None, ...]:
-        # Grad mode is on here only under create_graph=True. torch's once_differentiable would
-        # let that pass, and drop this function's part of the second derivative silently.
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "the fused log-probabilities are differentiable once; for second derivatives use "
-                'backend="reference"'
-            )
+        refuse_second_derivatives()
         if ctx.head_is_frozen:
-            miss, direction = ctx.saved_tensors
-            scale = (grad_logps * miss).unsqueeze(1)
-            return (scale * direction).to(direction.dtype), None, None, None, None, None, None
+            gradient = scaled_direction(grad_logps, *ctx.saved_tensors)
+            return gradient, None, None, None, None, None, None
         miss, rest_lse, rows, weight, low_rank, bias, targets = ctx.saved_tensors
         wanted = list(ctx.needs_input_grad[:4])
         # A caller's autocast around backward() would make these products bf16.

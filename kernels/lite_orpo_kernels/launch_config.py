@@ -108,13 +108,17 @@ _overrides: dict[tuple[str, bool], LaunchConfig] = {}
 def launch_config(
     device: torch.device | str, dtype: torch.dtype, *, slim: bool = False
 ) -> LaunchConfig:
-    """Configuration for tensors on `device`: the one set by `override`, or the fixed one."""
+    """Configuration for tensors on `device`: the one set by `override`, or the fixed one.
+
+    `slim` is for kernels that keep more than a logit: what is fast without may spill with it, so
+    their tile of logits is the class's own in any case.
+    """
     found = gpu_class(device)
     is_half = dtype != torch.float32
-    fixed = found.half if is_half else found.full
+    config = _overrides.get((found.name, is_half), found.half if is_half else found.full)
     if is_half and slim and found.slim is not None:
-        fixed = fixed._replace(logits=found.slim)
-    return _overrides.get((found.name, is_half), fixed)
+        config = config._replace(logits=found.slim)
+    return config
 
 
 def override(device: torch.device | str, dtype: torch.dtype, config: LaunchConfig | None) -> None:

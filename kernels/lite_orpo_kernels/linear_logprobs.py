@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from .backends import select_backend
+from .filter_ops import filtered_logprobs
+from .gradient_filter import GradientFilter
 from .head import HeadTransform
 from .head_ops import Settings, differentiable_logprobs
 from .reference import linear_logprobs_reference
@@ -29,6 +31,7 @@ def fused_linear_logprobs(
     ignore_index: int | None = -100,
     backend: str = "auto",
     workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+    gradient_filter: GradientFilter | None = None,
 ) -> Tensor:
     """Log-probability of every target token, without the logits tensor.
 
@@ -54,6 +57,9 @@ def fused_linear_logprobs(
             there are none, and nothing waits.
         backend: "auto", "triton", "chunked" or "reference"; see `select_backend`.
         workspace_bytes: bound on the temporaries, beside a few [rows, D].
+        gradient_filter: leave out blocks of the vocabulary without mass from the gradient of
+            `hidden` and say by how much at most it is wrong; the log-probabilities stay exact.
+            Triton, a frozen head without soft-cap and low_rank; None: exact.
 
     Returns:
         Log-probabilities shaped like `targets`, fp32 (fp64 for fp64 inputs).
@@ -92,7 +98,16 @@ def fused_linear_logprobs(
             )
         else:
             settings = Settings(transform, ignore_index, chosen.name, workspace_bytes)
-            logps = differentiable_logprobs(rows, weight, extra_head, bias, flat_targets, settings)
+            if gradient_filter is None or not (torch.is_grad_enabled() and hidden.requires_grad):
+                logps = differentiable_logprobs(
+                    rows, weight, extra_head, bias, flat_targets, settings
+                )
+            elif extra_head is not None:
+                raise ValueError("gradient_filter does not go with low_rank; leave it out")
+            else:
+                logps = filtered_logprobs(
+                    rows, weight, bias, flat_targets, gradient_filter, settings
+                )
     return logps.reshape(targets.shape)
 
 

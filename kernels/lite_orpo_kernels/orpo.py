@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backends import select_backend
+from .gradient_filter import GradientFilter
 from .linear_logprobs import DEFAULT_WORKSPACE_BYTES, fused_linear_logprobs
 from .orpo_ops import differentiable_orpo_terms
 
@@ -187,6 +188,7 @@ def fused_orpo_loss(
     ignore_index: int | None = -100,
     backend: str = "auto",
     workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+    gradient_filter: GradientFilter | None = None,
 ) -> ORPOLoss:
     """ORPO's loss straight from hidden states and an LM head, without the logits tensor.
 
@@ -209,6 +211,7 @@ def fused_orpo_loss(
             are none.
         backend: see `fused_linear_logprobs`.
         workspace_bytes: see `fused_linear_logprobs`.
+        gradient_filter: see `fused_linear_logprobs`.
 
     Returns:
         An `ORPOLoss`.
@@ -231,6 +234,7 @@ def fused_orpo_loss(
         ignore_index=ignore_index,
         backend=backend,
         workspace_bytes=workspace_bytes,
+        gradient_filter=gradient_filter,
     )
     if ignore_index is not None:
         is_scored = targets != ignore_index

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .head_ops import refuse_second_derivatives
 from .launch_config import on_device
 from .operators import register_operator
 
@@ -105,11 +106,7 @@ class _ORPOTerms(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "the fused ORPO loss is differentiable once; for second derivatives use "
-                'backend="reference"'
-            )
+        refuse_second_derivatives()
         *inputs, slopes = ctx.saved_tensors
         grad_logps = _orpo_gradient(*inputs, slopes, list(gradients), ctx.alpha)
         return grad_logps, None, None, None, None, None, None, None

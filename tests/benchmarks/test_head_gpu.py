@@ -16,12 +16,13 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 import gpu_contest  # noqa: E402
 import gpu_peers  # noqa: E402
+import head_gpu  # noqa: E402
 import peaked_activations  # noqa: E402
 
 OURS = ("mm", "triton", "chunked", "eager", "triton_no_grad", "eager_no_grad")
 PEERS = ("torch_chunked", "trl_chunked", "liger_flce", "cce")
 CPU = torch.device("cpu")
-EFFORT = gpu_contest.Effort(rounds=2, calls=2)
+EFFORT = gpu_contest.Effort(rounds=2, calls=2, warm_up=0)
 
 
 def run(tmp_path, *options):
@@ -103,7 +104,7 @@ def test_tiles_are_tried_on_activations_from_a_file(tmp_path, inputs):
     file = tmp_path / "activations.pt"
     torch.save({**inputs._asdict(), "label": "a test"}, file)
     printed, document = run(
-        tmp_path, "--tune", "--candidates", "2", "--rows", "24", "--activations", str(file)
+        tmp_path, "--tune", "--candidates", "2", "--rows", "16", "--activations", str(file)
     )
     found = document["results"]["tiles"]["activations"]
     for stage in ("logits", "rows"):
@@ -127,15 +128,56 @@ def test_a_method_that_is_wrong_or_fails_is_named_and_has_no_time(inputs):
 
     heads = {"detached": detached, "halved": halved, "nan": nan}
     methods = [gpu_peers.Method(name, name, head) for name, head in heads.items()]
-    methods += [gpu_peers.BARE_PRODUCT, gpu_peers.Method("huge", "huge", nan, bytes_per_logit=1)]
     exact = peaked_activations.exact_logprobs(inputs)
-    lines = gpu_contest.contest(methods[:-1], inputs, exact, EFFORT)
+    lines = gpu_contest.contest([gpu_peers.BARE_PRODUCT, *methods], inputs, exact, EFFORT)
     assert "ms" in lines.pop("mm")
     assert all("ms" not in line for line in lines.values())
     assert "RuntimeError" in lines["detached"]["problem"]
     assert lines["halved"]["problem"].startswith("WRONG: output off by 0.")
     assert "gradient off by 50." in lines["halved"]["problem"]
     assert lines["nan"]["problem"].startswith("WRONG")
+
+
+def test_what_does_not_fit_is_not_tried(inputs, monkeypatch):
+    monkeypatch.setattr(gpu_contest.Clock, "free_mib", lambda clock: 0.01)
+    eager = gpu_peers.Method("eager", "eager", gpu_peers.PEERS["eager"].head, bytes_per_logit=10)
+    exact = peaked_activations.exact_logprobs(inputs)
+    lines = gpu_contest.contest([gpu_peers.BARE_PRODUCT, eager], inputs, exact, EFFORT)
+    assert "are free" in lines["eager"]["problem"] and "ms" not in lines["eager"]
+
+
+def test_a_gpu_is_timed_by_events_and_asked_for_its_memory(monkeypatch):
+    class Event:
+        clock = 0.0
+
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            Event.clock += 1.5
+            self.at = Event.clock
+
+        def elapsed_time(self, later):
+            return later.at - self.at
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    for name in ("synchronize", "reset_peak_memory_stats", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 5 * 2**20)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 12 * 2**20)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (3 * 2**20, 9 * 2**20))
+    clock, calls = gpu_contest.Clock(torch.device("cuda")), []
+    assert clock.takes(lambda: calls.append(1), 3) == [1.5] * 3
+    assert clock.extra_mib(lambda: calls.append(1)) == 7.0
+    assert clock.free_mib() == 3.0
+    assert clock.host_ms(lambda: calls.append(1)) >= 0 and len(calls) > 4
+
+
+def test_the_memory_check_says_by_how_much():
+    check = head_gpu.memory_check
+    assert "pass, 2.0 MiB below" in check({"extra_mib": 98.0}, 4096, 2048)
+    assert "FAIL, 60.0 MiB above" in check({"extra_mib": 256.0}, 8192, 4096)
+    assert "not measured" in check({"problem": "failed"}, 1, 1)
 
 
 def test_exact_gradient_is_the_one_of_autograd_in_fp64(inputs):

@@ -21,6 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from lite_orpo_kernels import (
+    fused_filter,
     fused_head_gradients,
     fused_logprobs,
     fused_orpo,
@@ -75,8 +76,23 @@ def launches(gpu_class, dtype):
     flags = [(True, True, True), (False, True, False)] + [(False, False, True)] * (dtype == "bf16")
     for transforms, writes, even in flags:
         constants, options = of_logits(slim if transforms else tile, transforms, even)
-        constants["WRITES_WEIGHTS"] = writes
+        constants |= {"WRITES_WEIGHTS": writes, "SKIPS_TILES": False}
         yield head_kernels.block_sums_kernel, {**common, **constants}, options, True
+    if dtype != "fp16":  # the filtered form; its two kernels again, with gaps
+        constants, options = of_logits(tile, False, True)
+        constants |= {"HAS_BIAS": True, "WRITES_WEIGHTS": True, "SKIPS_TILES": True}
+        yield head_kernels.block_sums_kernel, {**common, **constants}, options, True
+        constants = {
+            **common,
+            **headroom,
+            "BLOCK_T": tile.block_t,
+            "BLOCK_D": rows.block_d,
+            "BLOCK_C": rows.block_c,
+            "BLOCK_V": tile.block_v,
+            "stride_wd": 1,
+        }
+        added = {"num_warps": rows.warps, "num_stages": rows.stages}
+        yield fused_filter.add_kept_rows_kernel, constants, added, True
     for transforms in (True, False):
         constants, options = of_logits(slim, transforms, True)
         yield fused_head_gradients.coefficients_kernel, {**common, **constants}, options, True
@@ -115,8 +131,9 @@ def compile_kernel(kernel, constants, options, dtype, capability):
             signature[name] = POINTERS[dtype]
         elif name in INT64_TENSORS:
             signature[name] = "*i64"
-        elif name == "nll_mask_ptr":
-            signature[name] = "*u8"
+        elif name in ("nll_mask_ptr", "kept_ptr", "count_ptr"):
+            is_list = kernel is fused_filter.add_kept_rows_kernel
+            signature[name] = "*i32" if is_list else "*u8"
         elif name.endswith("_ptr"):
             signature[name] = "*fp32"
         else:

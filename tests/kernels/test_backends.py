@@ -157,6 +157,9 @@ def test_a_configuration_can_be_set_and_taken_back(nvidia):
     try:
         assert launch_config("cuda", torch.bfloat16) == mine
         assert launch_config("cuda", torch.float32) == GPU_CLASSES["sm_90"].full
+        # Tuned without a soft-cap, it may spill with one.
+        slim = launch_config("cuda", torch.bfloat16, slim=True)
+        assert slim == mine._replace(logits=GPU_CLASSES["sm_90"].slim)
     finally:
         override("cuda", torch.bfloat16, None)
     assert launch_config("cuda", torch.bfloat16) == GPU_CLASSES["sm_90"].half

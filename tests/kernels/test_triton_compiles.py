@@ -19,6 +19,7 @@ KERNELS = {
     "block_sums_kernel",
     "fold_block_lse_kernel",
     "add_weighted_rows_kernel",
+    "add_kept_rows_kernel",
     "direction_kernel",
     "coefficients_kernel",
     "pair_kernel",

@@ -119,7 +119,7 @@ def test_the_comparison_sees_a_broken_kernel(monkeypatch, breakage):
 def test_the_comparison_sees_a_broken_reference_exponent(monkeypatch):
     # The second product and the last kernel must refer to the same power of two.
     values = iter([14.0, 13.0])
-    monkeypatch.setattr(fused_logprobs, "_headroom", lambda _: next(values))
+    monkeypatch.setattr(fused_logprobs, "headroom_of", lambda _: next(values))
     case = case_on_device(20, 12, 100, "plain", torch.float16, **FROZEN)
     with pytest.raises(AssertionError):
         compare_with_eager(case, torch.float16)
