@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import torch
 
+from .launch_config import gpu_class
+
 BACKENDS = ("auto", "triton", "chunked", "reference")
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FIRST_CAPABILITY = (8, 0)
@@ -50,7 +52,9 @@ def select_backend(
     obstacle = _obstacle(device, dtype)
     if obstacle is not None:
         return Backend("chunked", f"pure PyTorch in bounded memory; {obstacle}")
-    return Backend("triton", f"Triton kernels; {device.type} has matrix instructions")
+    found = gpu_class(device)
+    measured = found.half.measured or "compiled and checked, not measured"
+    return Backend("triton", f"Triton kernels; block sizes of class {found.name} ({measured})")
 
 
 def triton_is_installed() -> bool:

@@ -51,7 +51,7 @@ def test_the_cpu_and_apple_gpus_take_pytorch():
 def test_nvidia_from_ampere_on_takes_triton(nvidia, capability):
     nvidia(*capability)
     assert select_backend("cuda").name == "triton"
-    assert "matrix instructions" in select_backend("cuda").reason
+    assert f"class {gpu_class('cuda').name}" in select_backend("cuda").reason
 
 
 @pytest.mark.parametrize("capability", [(6, 1), (7, 0), (7, 5)])
