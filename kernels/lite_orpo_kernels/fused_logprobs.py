@@ -250,11 +250,17 @@ def logits_options(rows: Tensor, head: Head, config: LaunchConfig) -> dict[str, 
     }
 
 
+def product_precision(dtype: torch.dtype, *, is_nvidia: bool) -> str:
+    """How Triton is to multiply: it matters for fp32 only."""
+    # One tf32 product would lose fp32's digits; three keep them, on the matrix units. AMD's
+    # have fp32 products of their own, and know no tf32x3.
+    return "tf32x3" if dtype == torch.float32 and is_nvidia else "ieee"
+
+
 def launch_options(rows: Tensor, warps: int, stages: int) -> dict[str, Any]:
     """What every kernel with a matrix product is told."""
     return {
-        # One tf32 product would lose fp32's digits; three keep them, on the matrix units.
-        "PRECISION": "tf32x3" if rows.dtype == torch.float32 else "tf32",
+        "PRECISION": product_precision(rows.dtype, is_nvidia=torch.version.hip is None),
         "INTERPRETED": IS_INTERPRETED,
         "num_warps": warps,
         "num_stages": stages,

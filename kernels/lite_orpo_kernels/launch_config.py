@@ -75,7 +75,7 @@ GPU_CLASSES = {
     "sm_86/89": GpuClass("sm_86/89", 99 * KIB, _HALF_SLIM, _FULL),
     "sm_90": GpuClass("sm_90", 227 * KIB, _HALF, _FULL, _SLIM),
     "sm_100": GpuClass("sm_100", 227 * KIB, _HALF, _FULL, _SLIM),
-    "sm_120": GpuClass("sm_120", 99 * KIB, _HALF, _FULL),
+    "sm_120": GpuClass("sm_120", 99 * KIB, _HALF, _FULL._replace(rows=RowsTile(64, 64, 32, 8, 2))),
     # ROCm, XPU, and NVIDIA cards newer than this file.
     "default": GpuClass("default", None, _SAFE_HALF, _SAFE_HALF),
 }

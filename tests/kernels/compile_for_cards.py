@@ -1,6 +1,7 @@
 """Compile every Triton kernel for a GPU that is not here and print what came out, a JSON line each.
 
     python compile_for_cards.py 86
+    python compile_for_cards.py gfx1100
     python compile_for_cards.py careless
 
 The second compiles what must not be shipped, so that the tests see their checks fail. A process
@@ -14,6 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
 import triton
 import triton.backends.nvidia
 import triton.language as tl
@@ -29,6 +31,7 @@ from lite_orpo_kernels import (
     launch_config,
 )
 
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 POINTERS = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}
 TENSORS_OF_THE_INPUT_DTYPE = (
     "hidden_ptr",
@@ -40,10 +43,12 @@ TENSORS_OF_THE_INPUT_DTYPE = (
 )
 INT64_TENSORS = ("target_ptr", "completion_ptr")
 FLOATS = ("logit_scale", "softcap", "alpha", "temperature")
+AMD_WAVE = {"gfx9": 64, "gfx1": 32}
 MATRIX_OPCODES = {
     "mma.sync": r"^\s*(?:@%p\d+ )?mma\.sync\.",
     "wgmma": r"^\s*(?:@%p\d+ )?wgmma\.mma_async\.",
     "tcgen05": r"^\s*(?:@%p\d+ )?tcgen05\.mma\.",
+    "mfma or wmma": r"^\s*v_(?:mfma|wmma)_",
 }
 
 
@@ -61,14 +66,14 @@ def of_logits(tile, transforms, even):
     return constants, {"num_warps": tile.warps, "num_stages": tile.stages}
 
 
-def launches(gpu_class, dtype):
+def launches(gpu_class, dtype, is_nvidia=True):
     """(kernel, constants, options, is a matrix product) of each way we launch a kernel."""
     config = gpu_class.full if dtype == "fp32" else gpu_class.half
     slim = config.logits if dtype == "fp32" else gpu_class.slim or config.logits
     tile, rows = config.logits, config.rows
     common = {
         "GROUP": fused_logprobs.GROUP,
-        "PRECISION": "tf32x3" if dtype == "fp32" else "tf32",
+        "PRECISION": fused_logprobs.product_precision(DTYPES[dtype], is_nvidia=is_nvidia),
         "INTERPRETED": False,
     }
     headroom = {"HEADROOM": fused_logprobs.FP16_HEADROOM if dtype == "fp16" else 0.0}
@@ -121,7 +126,14 @@ def launches(gpu_class, dtype):
         yield fused_orpo.token_gradient_kernel, tokens, {}, False
 
 
-def compile_kernel(kernel, constants, options, dtype, capability):
+def target_of(card):
+    """An NVIDIA compute capability or an AMD architecture."""
+    if isinstance(card, int):
+        return GPUTarget("cuda", card, 32)
+    return GPUTarget("hip", card, AMD_WAVE[card[:4]])
+
+
+def compile_kernel(kernel, constants, options, dtype, card):
     """As the JIT does for aligned tensors of this dtype."""
     signature, aligned = {}, {}
     for position, name in enumerate(kernel.arg_names):
@@ -149,13 +161,17 @@ def compile_kernel(kernel, constants, options, dtype, capability):
     )
     return triton.compile(
         source,
-        target=GPUTarget("cuda", capability, 32),
+        target=target_of(card),
         options={**options, "enable_fp_fusion": True},
     )
 
 
 def resource_usage(compiled):
-    """Registers and stack of a thread, as the driver's own tool reads them from the binary."""
+    """Registers and stack of a thread, as the vendor's own tools give them."""
+    if "amdgcn" in compiled.asm:
+        words = {"registers": r"\.vgpr_count:\s*(\d+)", "stack": r"vgpr_spill_count:\s*(\d+)"}
+        assembly = compiled.asm["amdgcn"]
+        return {key: int(re.search(word, assembly).group(1)) for key, word in words.items()}
     folder = Path(triton.backends.nvidia.__file__).parent / "bin"
     with tempfile.TemporaryDirectory() as made:
         binary = Path(made) / "kernel.cubin"
@@ -172,11 +188,12 @@ def narrow_products(compiled):
     return re.findall(r"arith\.muli .*tensor<[\dx]+xi32>", compiled.asm["ttir"])
 
 
-def report(kernel, constants, options, dtype, capability):
+def report(kernel, constants, options, dtype, card):
     """Everything the tests look at, of one kernel."""
-    compiled = compile_kernel(kernel, constants, options, dtype, capability)
+    compiled = compile_kernel(kernel, constants, options, dtype, card)
+    assembly = compiled.asm["ptx" if "ptx" in compiled.asm else "amdgcn"]
     opcodes = {
-        opcode: len(re.findall(pattern, compiled.asm["ptx"], re.MULTILINE))
+        opcode: len(re.findall(pattern, assembly, re.MULTILINE))
         for opcode, pattern in MATRIX_OPCODES.items()
     }
     return {
@@ -188,6 +205,14 @@ def report(kernel, constants, options, dtype, capability):
         "narrow": narrow_products(compiled),
         **resource_usage(compiled),
     }
+
+
+def compile_for_amd(architecture):
+    # bf16: that every such card multiplies it, and that the safe configuration is safe.
+    gpu_class = launch_config.GPU_CLASSES["default"]
+    for kernel, constants, options, is_product in launches(gpu_class, "bf16", is_nvidia=False):
+        found = report(kernel, constants, options, "bf16", architecture)
+        show(**found, is_product=is_product, limit=64 * 1024)
 
 
 def show(**found):
@@ -225,5 +250,7 @@ def compile_careless():
 if __name__ == "__main__":
     if sys.argv[1] == "careless":
         compile_careless()
+    elif sys.argv[1].startswith("gfx"):
+        compile_for_amd(sys.argv[1])
     else:
         compile_shipped(int(sys.argv[1]))
