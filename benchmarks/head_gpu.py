@@ -54,7 +54,7 @@ from peaked_activations import (  # noqa: E402
     synthetic,
 )
 
-from lite_orpo_kernels.fused_logprobs import plan_chunks  # noqa: E402
+from lite_orpo_kernels.chunk_plan import plan_chunks  # noqa: E402
 from lite_orpo_kernels.head import Head, HeadTransform  # noqa: E402
 from lite_orpo_kernels.launch_config import (  # noqa: E402
     LaunchConfig,

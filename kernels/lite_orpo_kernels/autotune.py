@@ -14,7 +14,15 @@ import torch
 import triton
 from torch import Tensor
 
-from .launch_config import LaunchConfig, LogitsTile, RowsTile, launch_config, override
+from .launch_config import (
+    LaunchConfig,
+    LogitsTile,
+    RowsTile,
+    launch_config,
+    on_device,
+    overridden,
+    override,
+)
 from .linear_logprobs import DEFAULT_WORKSPACE_BYTES, fused_linear_logprobs
 
 LOGITS_TILES = (
@@ -57,8 +65,8 @@ def autotune_launch_config(
     """Time forward and backward with a frozen head, and use the fastest block sizes from now on.
 
     The tile of the first product is chosen with the second's as it is, then the second's. The
-    choice holds in this process for the device's class and for half or full precision; other
-    dtypes and `launch_config.override(device, dtype, None)` are left alone and undo it.
+    choice holds in this process for the device's class, and for half or for full precision;
+    `launch_config.override(device, dtype, None)` undoes it.
 
     Args:
         hidden: [M, D] on a GPU, as it will be in training.
@@ -89,21 +97,22 @@ def autotune_launch_config(
         torch.autograd.grad(logps.sum(), leaf)
 
     device, dtype = hidden.device, hidden.dtype
-    start = launch_config(device, dtype)
+    start, before = launch_config(device, dtype), overridden(device, dtype)
     trials: dict[LaunchConfig, Trial] = {}
 
     def fastest_of(candidates: Iterable[LaunchConfig]) -> LaunchConfig:
         for config in candidates:
             if config not in trials and config.logits.block_v % config.rows.block_c == 0:
                 override(device, dtype, config)
-                trials[config] = Trial(config, _milliseconds(step, timer))
+                with on_device(device):
+                    trials[config] = Trial(config, _milliseconds(step, timer))
         return _by_time(trials)[0].config
 
     try:
         found = fastest_of([start, *(start._replace(logits=tile) for tile in LOGITS_TILES)])
         found = fastest_of(found._replace(rows=tile) for tile in ROWS_TILES)
     finally:
-        override(device, dtype, None)
+        override(device, dtype, before)
     ranking = _by_time(trials)
     if ranking[0].milliseconds is None:
         raise RuntimeError("none of the known block sizes runs on this card")
@@ -123,7 +132,11 @@ def _milliseconds(
 ) -> float | None:
     try:
         return timer(step)
-    except (triton.runtime.errors.OutOfResources, triton.CompilationError):
+    except (
+        triton.runtime.errors.OutOfResources,
+        triton.runtime.errors.PTXASError,
+        triton.CompilationError,
+    ):
         return None
 
 

@@ -147,9 +147,15 @@ def _check(
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         raise ValueError("gradient_filter needs a frozen head; leave it out")
     own = gradient_filter.weight
-    if own.data_ptr() != weight.data_ptr() or own.shape != weight.shape:
-        raise ValueError("gradient_filter was made for another head; make one for this weight")
     if own.dtype != weight.dtype:
-        raise ValueError(f"gradient_filter is for {own.dtype}, but the head is {weight.dtype}")
+        raise ValueError(
+            f"gradient_filter is for {own.dtype}, but the head is {weight.dtype} here (autocast "
+            "casts it); make the filter for a weight in that dtype and pass that"
+        )
+    is_same = own.data_ptr() == weight.data_ptr() and own.stride() == weight.stride()
+    if not is_same or own.shape != weight.shape:
+        raise ValueError("gradient_filter was made for another head; make one for this weight")
+    if own._version != gradient_filter.version:
+        raise ValueError("the head has changed since gradient_filter was made; make it again")
     if gradient_filter.block_columns != launch_config(weight.device, weight.dtype).logits.block_v:
         raise ValueError("the launch configuration has changed; make gradient_filter again")

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .chunk_plan import plan_chunks, round_up
 from .fused_logprobs import (
     GROUP,
     LN_2,
@@ -25,8 +26,6 @@ from .fused_logprobs import (
     fold_blocks,
     headroom_of,
     launch_options,
-    plan_chunks,
-    round_up,
     write_direction,
 )
 from .head import Head, RestSums
@@ -126,13 +125,15 @@ def triton_filtered_sums(
 ) -> FilteredSums:
     """Sums and approximate direction of rows [M, D]; the head is frozen, without soft-cap.
 
-    Beside the workspace this keeps 4 bytes for each row and block of a group.
+    Beside the workspace this keeps ten bytes for each row and block of a group (logsumexp, mass,
+    two masks).
     """
     config = launch_config(rows.device, rows.dtype)
     cut = plan_chunks(rows.shape[0], head, config, workspace_bytes, keeps_weights=True)
     target = Target.unmet(targets)
     lse = torch.empty_like(target.logit)
-    direction, error = torch.empty_like(rows), torch.empty_like(lse)
+    # Rows by rows, whatever the layout of the hidden states.
+    direction, error = rows.new_empty(rows.shape), torch.empty_like(lse)
     shares = []
     for start in range(0, rows.shape[0], cut.rows):
         group = slice(start, start + cut.rows)
@@ -195,7 +196,7 @@ def _choose_blocks(
     blocks, count = block_lse.shape
     # Of the rest, not of all: a sure token's rest is what ORPO multiplies by 1 / (1 - p).
     known = torch.where(lse == -math.inf, torch.zeros_like(lse), lse)
-    mass = torch.exp2(block_lse - known)
+    mass = torch.sub(block_lse, known).exp2_()
     tile = config.logits.block_t
     tiles = triton.cdiv(count, tile)
     # NaN is kept, and so seen.

@@ -16,14 +16,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .chunk_plan import round_up
 from .fused_logprobs import (
     LN_2,
     Chunk,
     add_weighted_rows,
+    aligned,
     chunk_of,
     logits_grid,
     logits_options,
-    round_up,
 )
 from .head import Head, HeadGradients, Wanted
 from .head_kernels import logits_tile, tile_of_program
@@ -120,9 +121,12 @@ def triton_head_gradients(
     """Gradients of a head that trains: logits are made again, a chunk of the vocabulary a time.
 
     `scale` [M] fp32 is the incoming gradient times q. All rows meet a chunk at once, so that a
-    chunk's gradient is complete when the chunk is done and is written once.
+    chunk's gradient is complete when the chunk is done and is written once: a chunk is at least a
+    tile wide, so above some 100,000 rows the coefficients outgrow a workspace of 64 MiB.
     """
     config = launch_config(rows.device, rows.dtype, slim=True)
+    joined = rows.shape[1]
+    rows, head = aligned(rows, head)
     columns = _columns_for_gradients(rows, head, config, workspace_bytes)
     targets, scale = targets.contiguous(), (scale * head.transform.logit_scale).contiguous()
     lse = rest_lse / LN_2
@@ -144,10 +148,17 @@ def triton_head_gradients(
         if weight is not None:
             weight[own] = found.t() @ rows[:, :width]
         if low_rank is not None:
-            low_rank[own] = found.t() @ rows[:, width:]
+            low_rank[own] = found.t() @ rows[:, width:joined]
         if total is not None:
             add_weighted_rows(coefficients, chunk, total, config, None)
-    return HeadGradients(None if total is None else total.to(rows.dtype), weight, low_rank, bias)
+    return HeadGradients(
+        None
+        if total is None
+        else total[:, :joined].to(rows.dtype, memory_format=torch.contiguous_format),
+        weight,
+        low_rank,
+        bias,
+    )
 
 
 def _columns_for_gradients(

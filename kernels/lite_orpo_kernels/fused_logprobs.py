@@ -14,9 +14,11 @@ import math
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 from torch import Tensor
 
+from .chunk_plan import plan_chunks, round_up
 from .head import Head, RestSums
 from .head_kernels import (
     add_weighted_rows_kernel,
@@ -29,54 +31,13 @@ from .launch_config import LaunchConfig, launch_config
 LN_2 = math.log(2.0)
 IS_INTERPRETED = not isinstance(block_sums_kernel, triton.runtime.JITFunction)
 FOLD_ROWS = 128
+# A multiple of every BLOCK_D.
+WIDTH_STEP = 64
 DIRECTION_COLUMNS = 1024
 # Neighbouring tiles of rows that share a tile of the head while it is in the cache.
 GROUP = 8
 # fp16 has no small numbers: the second product refers to 2**14 more, the largest that fits.
 FP16_HEADROOM = 14.0
-
-
-class Cut(NamedTuple):
-    """How one pass is cut: rows per group and columns per chunk, multiples of the tiles."""
-
-    rows: int
-    columns: int
-
-
-def plan_chunks(
-    rows: int, head: Head, config: LaunchConfig, workspace_bytes: int, *, keeps_weights: bool
-) -> Cut:
-    """Cut M rows x V columns so that a chunk's temporaries fit the workspace.
-
-    Each group reads the whole head, each chunk reads and writes the group's sum: of all cuts that
-    fit, this takes the one with the least traffic per product, 1/R + 2/C. A single tile is the
-    least there is, and may be more than the workspace.
-    """
-    tile = config.logits
-    size = head.weight.element_size()
-    widest = round_up(head.vocabulary, tile.block_v)
-    best, least = Cut(tile.block_t, tile.block_v), math.inf
-    for groups in range(1, math.ceil(rows / tile.block_t) + 1):
-        count = round_up(math.ceil(rows / groups), tile.block_t)
-        left = workspace_bytes - (4 * count * head.width if keeps_weights else 0)
-        # A block's logsumexp for each row; e; the chunk's copy where the head has two parts.
-        per_column = 4 * count / tile.block_v + (size * count if keeps_weights else 0)
-        per_column += 0 if head.low_rank is None else size * head.width
-        columns = min(int(left / per_column) // tile.block_v * tile.block_v, widest)
-        if columns < tile.block_v:
-            continue
-        traffic = 1 / count + (2 / columns if columns < widest else 0)
-        if traffic < least:
-            # Chunks of equal width: a narrow last one would leave most of the GPU idle.
-            parts = math.ceil(widest / columns)
-            even = round_up(math.ceil(widest / parts), tile.block_v)
-            best, least = Cut(count, even), traffic
-    return best
-
-
-def round_up(number: int, multiple: int) -> int:
-    """Return the least multiple that is not below the number."""
-    return math.ceil(number / multiple) * multiple
 
 
 class Chunk(NamedTuple):
@@ -114,6 +75,17 @@ def chunk_of(head: Head, start: int, columns: int) -> Chunk:
     return Chunk(start, stop - start, head.block(start, stop), bias)
 
 
+def aligned(rows: Tensor, head: Head) -> tuple[Tensor, Head]:
+    """Fill up a head of two parts, which is copied anyway, to whole steps of the products.
+
+    At a width like 4096 + 8 no load would be wide or asynchronous, and tiles would spill.
+    """
+    padding = 0 if head.low_rank is None else -head.width % WIDTH_STEP
+    if padding == 0:
+        return rows, head
+    return F.pad(rows, (0, padding)), head._replace(padding=padding)
+
+
 def triton_rest_sums(
     rows: Tensor, head: Head, targets: Tensor, workspace_bytes: int, *, want_direction: bool
 ) -> RestSums:
@@ -132,11 +104,12 @@ def triton_rest_sums(
     """
     has_softcap = head.transform.softcap is not None
     config = launch_config(rows.device, rows.dtype, slim=has_softcap)
-    count = rows.shape[0]
+    count, width = rows.shape
+    rows, head = aligned(rows, head)
     chunks = plan_chunks(count, head, config, workspace_bytes, keeps_weights=want_direction)
     target = Target.unmet(targets)
     lse = torch.empty_like(target.logit)
-    direction = rows.new_empty(count, head.width) if want_direction else None
+    direction = rows.new_empty(count, width) if want_direction else None
     for start in range(0, count, chunks.rows):
         group = slice(start, start + chunks.rows)
         _sum_group(

@@ -3,7 +3,8 @@
 One program a pair reads all tokens and picks out its own, so that a completion's tokens may lie
 anywhere and nothing is added atomically; one program sums the tokens of the NLL term and the
 pairs. The backward pass is one kernel over the tokens. It exists so that a step's loss on a GPU
-is three launches instead of some forty; `orpo.py` defines it, and tests hold the two together.
+is three kernels of ours instead of some forty of torch's; `orpo.py` defines it, and tests hold
+the two together.
 
 Legend: M scored rows (one block: t), P pairs, n a pair, a = mean nll of a completion (>= 0).
 Numerics: expm1 and log1p are not on every Triton target, so both are written out here, to a few

@@ -38,6 +38,8 @@ class GradientFilter:
         self.min_block_mass = float(min_block_mass)
         self.block_columns = launch_config(weight.device, weight.dtype).logits.block_v
         self.weight = weight
+        self.version = weight._version
+        """Of the weight when the filter was made; torch counts changes in place."""
         self.means, self.radii = _means_and_radii(weight.detach(), self.block_columns)
         self.kept_share: Tensor | None = None
         """[] share of the (tile, block) products that the last call multiplied out."""

@@ -23,6 +23,7 @@ class Head(NamedTuple):
     low_rank: Tensor | None  # [V, r], a LoRA's B
     bias: Tensor | None  # [V]
     transform: HeadTransform
+    padding: int = 0  # columns of zeros after both, for the alignment of copies
 
     @property
     def vocabulary(self) -> int:
@@ -31,15 +32,19 @@ class Head(NamedTuple):
 
     @property
     def width(self) -> int:
-        """D + r, what a row must have."""
-        return self.weight.shape[1] + (0 if self.low_rank is None else self.low_rank.shape[1])
+        """D + r and the padding: what a row must have."""
+        rank = 0 if self.low_rank is None else self.low_rank.shape[1]
+        return self.weight.shape[1] + rank + self.padding
 
     def block(self, start: int, stop: int) -> Tensor:
         """Columns of the vocabulary, [B, D + r]: a view, or a copy where two parts meet."""
         block = self.weight[start:stop]
         if self.low_rank is None:
             return block
-        return torch.cat([block, self.low_rank[start:stop]], dim=1)
+        parts = [block, self.low_rank[start:stop]]
+        if self.padding:
+            parts.append(block.new_zeros(block.shape[0], self.padding))
+        return torch.cat(parts, dim=1)
 
     def bias_block(self, start: int, stop: int) -> Tensor | None:
         """The same columns of the bias, [B]."""

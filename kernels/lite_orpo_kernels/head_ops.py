@@ -216,9 +216,9 @@ def _shapes_of_gradients(
     workspace_bytes: int,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    tensors = (rows, weight, low_rank, bias)
-    like = [None if tensor is None else torch.empty_like(tensor) for tensor in tensors]
-    return _of_wanted(like, wanted, rows)
+    # Row by row, as the backends write it; the head's own gradients have the head's layout.
+    like = [None if part is None else torch.empty_like(part) for part in (weight, low_rank, bias)]
+    return _of_wanted([rows.new_empty(rows.shape), *like], wanted, rows)
 
 
 _linear_logprobs = register_operator("linear_logprobs", _logprobs_of_kept_rows, _shapes_of_logprobs)

@@ -1,8 +1,9 @@
 """Block sizes of the Triton kernels per class of GPU, and where each was measured.
 
 One fixed configuration for each class and precision, chosen so that every kernel keeps within
-the class's shared memory and spills no register (tests compile all of them for all classes
-without the cards); `autotune.py` looks for a better one on the card at hand, when asked.
+the class's shared memory and spills no register where rows are aligned (tests compile all of
+them for all classes without the cards; a hidden size that is no multiple of 16 is right and
+slow); `autotune.py` looks for a better one on the card at hand, when asked.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -127,15 +128,22 @@ def override(device: torch.device | str, dtype: torch.dtype, config: LaunchConfi
     Raises:
         ValueError: BLOCK_C does not divide BLOCK_V, so a step would cross two blocks.
     """
-    key = (gpu_class(device).name, dtype != torch.float32)
+    found = gpu_class(device)
+    key = (found.name, dtype != torch.float32)
     if config is None:
         _overrides.pop(key, None)
         return
-    if config.logits.block_v % config.rows.block_c:
-        raise ValueError(
-            f"rows.block_c={config.rows.block_c} must divide logits.block_v={config.logits.block_v}"
-        )
+    for tile in (config.logits, *([found.slim] if found.slim is not None else [])):
+        if tile.block_v % config.rows.block_c:
+            raise ValueError(
+                f"rows.block_c={config.rows.block_c} must divide logits.block_v={tile.block_v}"
+            )
     _overrides[key] = config
+
+
+def overridden(device: torch.device | str, dtype: torch.dtype) -> LaunchConfig | None:
+    """Return the configuration that `override` has set, if any."""
+    return _overrides.get((gpu_class(device).name, dtype != torch.float32))
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:

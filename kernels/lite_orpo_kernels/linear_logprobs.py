@@ -126,6 +126,8 @@ def _check(
     softcap: float | None,
     workspace_bytes: int,
 ) -> None:
+    if weight.ndim == 2 and 0 in weight.shape:
+        raise ValueError(f"weight [V, D] is empty: {tuple(weight.shape)}")
     if weight.ndim != 2 or hidden.ndim < 1 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"hidden [..., D] and weight [V, D] do not fit: {tuple(hidden.shape)} and "

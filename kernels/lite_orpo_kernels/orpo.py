@@ -61,7 +61,8 @@ def orpo_loss(
     model is of either completion.
 
     Args:
-        logps: [M] token log-probabilities, fp32.
+        logps: [M] token log-probabilities, fp32 or fp64; half precision is raised to fp32, where
+            1 / (1 - p) has room.
         completion_ids: [M] int64; 2n marks the chosen, 2n+1 the rejected tokens of pair n,
             -1 a token of neither.
         nll_mask: [M] bool, the tokens of the NLL term.
@@ -86,6 +87,7 @@ def orpo_loss(
     if logps.ndim != 1:
         raise ValueError(f"logps must be [M], found {tuple(logps.shape)}")
     _check("logps", logps, completion_ids, nll_mask, pair_count)
+    logps = logps if logps.dtype == torch.float64 else logps.float()
     pairs = max(pair_count, 1) if pair_normalizer is None else pair_normalizer
     tokens = nll_mask.sum().clamp_min(1) if nll_normalizer is None else nll_normalizer
     if select_backend(logps.device, backend, logps.dtype).name == "triton":

@@ -166,3 +166,7 @@ def test_a_configuration_can_be_set_and_taken_back(nvidia):
     crossing = mine._replace(rows=RowsTile(64, 64, 128, 4, 2))
     with pytest.raises(ValueError, match="block_c=128 must divide logits.block_v=64"):
         override("cuda", torch.bfloat16, crossing)
+    # It fits its own tile, but not the slim one of the class.
+    wide = LaunchConfig(LogitsTile(128, 256, 32, 8, 3), RowsTile(64, 64, 256, 4, 2), None)
+    with pytest.raises(ValueError, match="block_c=256 must divide logits.block_v=128"):
+        override("cuda", torch.bfloat16, wide)

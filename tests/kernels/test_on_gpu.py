@@ -28,7 +28,8 @@ def compare_some_rows(hidden, weight, targets, logps, gradient, rows):
     wide = hidden.detach()[rows].double().requires_grad_()
     exact = linear_logprobs_reference(wide, weight.detach().double(), targets[rows])
     (expected,) = torch.autograd.grad(exact.sum(), wide)
-    assert relative_error(logps[rows], exact) <= 1e-5
+    # Tensor cores cut their fp32 sums off: about 2e-5 of a target's logit over 528 steps of D.
+    assert relative_error(logps[rows], exact) <= 6e-5
     # e, direction and gradient are each rounded to bf16.
     assert relative_error(gradient[rows], expected) <= 2**-7
 

@@ -65,6 +65,14 @@ def test_a_card_on_which_nothing_runs_is_said_and_left_as_it_was():
     assert launch_config(DEVICE, torch.float32) == fixed
 
 
+def test_a_failed_search_leaves_an_earlier_choice_alone():
+    mine = launch_config(DEVICE, torch.float32)._replace(rows=NARROW, measured="by hand")
+    override(DEVICE, torch.float32, mine)
+    with pytest.raises(ZeroDivisionError):
+        tune(lambda _: 1 / 0)
+    assert launch_config(DEVICE, torch.float32) == mine
+
+
 def test_no_candidate_crosses_a_block():
     seen = []
     tune(lambda _: seen.append(launch_config(DEVICE, torch.float32)) or 1.0)

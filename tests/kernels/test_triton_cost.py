@@ -6,7 +6,7 @@ from cases import DEVICE
 from test_linear_logprobs_cost import MIB, Cost
 
 from lite_orpo_kernels import fused_head_gradients, fused_linear_logprobs, fused_logprobs
-from lite_orpo_kernels.fused_logprobs import plan_chunks
+from lite_orpo_kernels.chunk_plan import plan_chunks
 from lite_orpo_kernels.head import Head, HeadTransform
 from lite_orpo_kernels.launch_config import GPU_CLASSES
 

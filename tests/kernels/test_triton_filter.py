@@ -99,6 +99,16 @@ def test_compensation_is_much_better_than_leaving_out():
     assert relative_error(found, exact) < 0.5 * relative_error(without, exact)
 
 
+def test_layout_does_not_matter():
+    hidden, weight, targets = make_inputs(rows=40)
+    kept = GradientFilter(weight, min_block_mass=2**-6)
+    _, expected = gradient_of((hidden, weight, targets), gradient_filter=kept)
+    moved = hidden.detach().t().contiguous().t().requires_grad_()
+    assert not moved.is_contiguous()
+    _, found = gradient_of((moved, weight, targets), gradient_filter=kept)
+    assert relative_error(found, expected) <= 1e-6
+
+
 def test_a_broken_bound_is_seen():
     inputs = make_inputs()
     kept = GradientFilter(inputs[1], min_block_mass=2**-6)
@@ -160,6 +170,7 @@ def test_it_goes_through_the_whole_loss():
         ({"backend": "chunked"}, "needs the Triton kernels"),
         ({"backend": "auto"}, "needs the Triton kernels"),
         ({"weight": "other"}, "another head"),
+        ({"weight": "changed"}, "has changed since"),
         ({"weight": "trains"}, "frozen head"),
         ({"low_rank": True}, "low_rank"),
     ],
@@ -172,11 +183,28 @@ def test_what_it_does_not_go_with_is_refused(change, words):
     kept = GradientFilter(weight)
     options = {"backend": "triton", **change}
     if options.pop("weight", None) is not None:
-        weight = weight.clone() if change["weight"] == "other" else weight.requires_grad_()
+        if change["weight"] == "changed":
+            weight.mul_(1.5)
+        weight = {"other": weight.clone, "trains": weight.requires_grad_}.get(
+            change["weight"], lambda: weight
+        )()
     if options.pop("low_rank", None):
         options["low_rank"] = (hidden[:, :2].detach(), weight[:, :2])
     with pytest.raises(ValueError, match=words):
         fused_linear_logprobs(hidden, weight, targets, gradient_filter=kept, **options)
+
+
+def test_a_square_head_turned_over_is_another_head():
+    weight = torch.randn(64, 64, device=DEVICE)
+    hidden = torch.randn(3, 64, device=DEVICE).requires_grad_()
+    with pytest.raises(ValueError, match="another head"):
+        fused_linear_logprobs(
+            hidden,
+            weight.t(),
+            torch.arange(3, device=DEVICE),
+            backend="triton",
+            gradient_filter=GradientFilter(weight),
+        )
 
 
 @pytest.mark.parametrize("mass", [-0.1, 1.0, 2.0])

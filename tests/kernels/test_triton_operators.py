@@ -38,6 +38,24 @@ def test_opcheck_of_the_forward_operator(backend, want_direction, parts):
     torch.library.opcheck(head_ops._linear_logprobs, arguments)
 
 
+@TRAINABLE
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck_of_rows_that_lie_by_column(backend, trainable):
+    # A compiler allocates by the shapes it was told, strides included.
+    hidden, weight, targets = (t.detach() for t in make_inputs())
+    hidden = hidden.t().contiguous().t()
+    if trainable:
+        rest_lse, scale = torch.zeros(9, device=DEVICE), torch.ones(9, device=DEVICE)
+        arguments = (hidden, weight, None, None, targets, rest_lse, scale, 1.0, None, -100)
+        arguments += (backend, 2**20, [True, True, False, False])
+        torch.library.opcheck(head_ops._linear_logprobs_gradients, arguments)
+    else:
+        options = (1.0, None, -100, backend, 2**20, True)
+        torch.library.opcheck(
+            head_ops._linear_logprobs, (hidden, weight, None, None, targets, *options)
+        )
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("wanted", [[True, True, False, True], [False, True, False, False]])
 def test_opcheck_of_the_gradient_operator(backend, wanted):

@@ -140,6 +140,21 @@ def test_differentiating_twice_is_refused():
         torch.autograd.grad(result.loss, logps, create_graph=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+def test_half_precision_log_probabilities_are_raised_to_fp32(dtype):
+    # 1 / (1 - p) of a sure completion is beyond fp16.
+    logps, ids, mask = make_tokens([(2, 3, 5)])
+    half = torch.where(ids == 1, -1e-6, logps.detach()).to(dtype).requires_grad_()
+    result = orpo_loss(half, ids, mask, pair_count=1, backend="triton")
+    exact = orpo_loss(wide := in_fp64(half), ids, mask, pair_count=1)
+    assert {value.dtype for value in result} == {torch.float32}
+    torch.testing.assert_close(result.loss.double(), exact.loss, **FP32)
+    (found,) = torch.autograd.grad(result.loss, half)
+    (expected,) = torch.autograd.grad(exact.loss, wide)
+    assert found.dtype == dtype and found.isfinite().all()
+    assert relative_error(found, expected) <= torch.finfo(dtype).eps
+
+
 def test_other_dtypes_are_refused_by_name():
     logps, ids, mask = make_tokens([(2, 3, 5)])
     with pytest.raises(ValueError, match="float64"):
