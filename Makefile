@@ -26,9 +26,9 @@ bench: $(STAMP)
 # On a machine with a GPU; torch, triton and pytest are enough (PYTHON=... to name the interpreter).
 BENCH_GPU_JSON ?= head_gpu.json
 bench-gpu:
-	PYTHONPATH=kernels $(PYTHON) -m pytest -q -p no:cacheprovider tests/kernels/test_triton_logprobs.py \
-		tests/kernels/test_triton_orpo.py tests/kernels/test_triton_filter.py tests/kernels/test_on_gpu.py
-	PYTHONPATH=kernels $(PYTHON) benchmarks/head_gpu.py --json $(BENCH_GPU_JSON)
+	PYTHONPATH=kernels $(PYTHON) -m pytest -q -p no:cacheprovider $(addprefix tests/kernels/test_, \
+		triton_logprobs.py triton_low_rank.py triton_orpo.py triton_filter.py on_gpu.py)
+	PYTHONPATH=kernels $(PYTHON) benchmarks/head_gpu.py --minutes 5 --json $(BENCH_GPU_JSON)
 
 # Installed again when what is asked for has changed.
 $(STAMP): pyproject.toml constraints.txt

@@ -68,7 +68,9 @@ class ORPOConfig(TrainingArguments):
         "rows that cannot be trained on: drop (counted and shown; an error above 10 %) or error",
     )
     disable_dropout: bool = _setting(True, "turn the base model's dropout off (not LoRA's)")
-    loss_backend: str = _setting("auto", "backend of the fused head and loss")
+    loss_backend: str = _setting(
+        "auto", "of the fused head and loss: auto, triton, chunked or reference"
+    )
     loss_workspace_mib: int = _setting(64, "memory for blocks of logits, in MiB")
     bf16: bool | None = _setting(None, "bf16 autocast; default: where the GPU truly has it")
     fp16: bool | None = _setting(None, "fp16 autocast; default: on GPUs without bf16")
