@@ -6,7 +6,13 @@ of the head, so that the gradient keeps its sum, and what is left of the error i
 
     sum over left-out blocks of mass * radius,    radius = largest distance of a row from the mean,
 
-which is reported for every row. Measured on a model of ours in `benchmarks/filter_table.py`.
+which is reported for every row.
+
+What it saves depends on the activations and on the order of the vocabulary. On a small model of
+ours (`benchmarks/filter_table.py`; 5.9 nats a token) 1.78 products instead of 2 at 0.5 % of error
+with the head's rows sorted by how frequent their tokens are, and nothing at all unsorted: where the
+kept share is above one half, leave the filter out. To sort, once: `order` = tokens by frequency,
+pass `weight[order]` (a copy) and `order.argsort()[targets]`. Time on a GPU is not measured yet.
 
 Legend: M rows, D hidden size, V vocabulary, B columns of a block, K = ceil(V / B) blocks.
 """
@@ -32,7 +38,7 @@ class GradientFilter:
         ValueError: `min_block_mass` is not in [0, 1).
     """
 
-    def __init__(self, weight: Tensor, *, min_block_mass: float = 2.0**-9) -> None:
+    def __init__(self, weight: Tensor, *, min_block_mass: float = 2.0**-7) -> None:
         if not 0 <= min_block_mass < 1:
             raise ValueError(f"min_block_mass must be in [0, 1), found {min_block_mass}")
         self.min_block_mass = float(min_block_mass)
