@@ -15,6 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from . import offline_bitsandbytes  # noqa: F401  (before transformers imports it)
+
+# isort: split
 from transformers import Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 

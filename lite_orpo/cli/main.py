@@ -39,10 +39,14 @@ def train(
     config: Path | None = typer.Option(None, "--config", help="the configuration, as an option"),
 ) -> None:
     """Train on preference pairs, as a YAML configuration says."""
+    from ..config.yaml_file import read_settings
     from .overrides import split_arguments
-    from .train import run_training
 
     path, overrides = split_arguments(arguments or [], config)
+    read_settings(path)  # a wrong path is told before the seconds that the libraries take
+
+    from .train import run_training
+
     run_training(path, overrides)
 
 

@@ -9,6 +9,10 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
+
+from .. import offline_bitsandbytes  # noqa: F401  (before transformers imports it)
+
+# isort: split
 from transformers import TrainingArguments
 
 from ..errors import ConfigError

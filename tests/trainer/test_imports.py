@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RANK = {
     "lite_orpo_kernels": 0,
     "lite_orpo.errors": 0,
+    "lite_orpo.offline_bitsandbytes": 0,
     "lite_orpo.loss": 1,
     "lite_orpo.config": 1,
     "lite_orpo.data": 2,
@@ -107,6 +108,7 @@ def run_python(code: str) -> str:
         [sys.executable, "-c", prelude + code], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-4000:]
+    assert "kernels-community" not in done.stderr
     return done.stdout
 
 
@@ -159,3 +161,27 @@ print("trained")
 
 def test_training_on_a_list_works_without_datasets_trl_and_bitsandbytes():
     assert "trained" in run_python(WITHOUT)
+
+
+OFFLINE = """
+import logging, types
+asked = []
+hub = types.ModuleType("kernels")
+hub.get_kernel = lambda *a, **k: asked.append(a)
+sys.modules["kernels"] = hub
+import lite_orpo.offline_bitsandbytes
+assert "bitsandbytes" in sys.modules
+assert not asked, asked
+assert sys.modules["kernels"] is hub
+assert not logging.getLogger("bitsandbytes.backends.cpu.ops").disabled
+"""
+
+
+def test_bitsandbytes_is_imported_without_asking_the_hub():
+    run_python(OFFLINE)
+
+
+@pytest.mark.parametrize("module", ["trainer", "config.orpo_config", "cli.train"])
+def test_bitsandbytes_is_imported_offline_before_a_library_imports_it(module):
+    seen = "print('lite_orpo.offline_bitsandbytes' in sys.modules, 'bitsandbytes' in sys.modules)"
+    assert run_python(f"import lite_orpo.{module}\n{seen}") == "True True\n"
