@@ -4,6 +4,7 @@ Each function refuses, in one line, what would otherwise train silently wrong.
 """
 
 import logging
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,10 +12,12 @@ import torch
 from .config.options import ModelOptions
 from .config.orpo_config import ORPOConfig
 from .data.preparation import LengthRule
+from .data.row_tokens import RowTokens, count_row_tokens
 from .errors import ConfigError, ModelError
 from .model.adapter import disable_dropout, refuse_virtual_tokens, wrap_with_adapter
 from .model.head import innermost_causal_lm
 from .model.load import load_model, load_tokenizer, refuse_encoder_decoder
+from .model.prefix_sharing import PrefixSharing, decide_prefix_sharing
 
 logger = logging.getLogger(__name__)
 
@@ -40,20 +43,25 @@ def check_launch(args: Any) -> None:
 
 
 def check_parallelism(trainer: Any) -> None:
-    """Refuse what shards the model: its collectives need equal row counts on all ranks.
+    """Refuse what shards the model in a way that is not known to give the same gradients.
 
     Raises:
-        ConfigError: FSDP or DeepSpeed is on, by argument or by launcher.
+        ConfigError: DeepSpeed or the first FSDP is on, by argument or by launcher.
     """
-    for name, is_on in (
-        ("DeepSpeed", trainer.is_deepspeed_enabled),
-        ("FSDP", trainer.is_fsdp_enabled),
-    ):
-        if is_on:
-            raise ConfigError(
-                f"{name} is not supported yet: ranks may have different numbers of rows in a "
-                "step; use plain data parallelism, `accelerate launch --multi_gpu ...`"
-            )
+    if trainer.is_deepspeed_enabled:
+        raise ConfigError(
+            "DeepSpeed is not supported yet; use plain data parallelism, "
+            "`accelerate launch --multi_gpu ...`, or FSDP 2"
+        )
+    if not trainer.is_fsdp_enabled:
+        return
+    version = getattr(trainer.accelerator.state.fsdp_plugin, "fsdp_version", 1)
+    if version != 2:
+        raise ConfigError(f"FSDP {version} is not supported; set fsdp_version: 2")
+    logger.warning(
+        "FSDP 2 has been tested here on CPU ranks only, not on GPUs; compare the first steps with "
+        "a run on one"
+    )
 
 
 def resolve_tokenizer(model: Any, processing_class: Any, tokenizer: Any) -> Any:
@@ -170,3 +178,57 @@ def length_rule(model: Any, args: ORPOConfig) -> LengthRule:
         )
         max_length = int(positions)
     return LengthRule(max_length, args.overlong_rows)
+
+
+def choose_rows(trainer: Any) -> tuple[PrefixSharing, str]:
+    """Decide between packed rows and separate padded ones, and say so in one line.
+
+    Args:
+        trainer: with its model on the device, its head verified and its data prepared.
+
+    Returns:
+        The decision, and it in words with what it saves or costs.
+
+    Raises:
+        ModelError: `prefix_sharing` is "on" and the model does not compute the same that way.
+    """
+    args = trainer.args
+    if args.prefix_sharing == "off":
+        return PrefixSharing(False, "prefix_sharing is off"), "separate, padded (as configured)"
+    # Variable-length attention takes half precision only; the plain probe is sharper in fp32.
+    is_autocast = args.tree_attention == "varlen"
+    with trainer.compute_loss_context_manager() if is_autocast else nullcontext():
+        sharing = decide_prefix_sharing(
+            trainer.model,
+            attention=args.tree_attention,
+            max_length=trainer.length_rule.max_length,
+            is_compiled=args.torch_compile,
+        )
+    if args.prefix_sharing == "on" and not sharing.is_on:
+        raise ModelError(
+            f"prefix_sharing: on, but {type(innermost_causal_lm(trainer.model)).__name__} cannot: "
+            f"{sharing.reason}; set it to auto or off"
+        )
+    dataset = trainer.train_dataset if trainer.train_dataset is not None else trainer.eval_dataset
+    tokens = None
+    if dataset is not None and not isinstance(dataset, dict):
+        tokens = count_row_tokens(dataset, args.per_device_train_batch_size)
+    text = _rows_in_words(sharing, tokens, args.per_device_train_batch_size)
+    logger.log(logging.INFO if sharing.is_on else logging.WARNING, "rows: %s", text)
+    return sharing, text
+
+
+def _rows_in_words(sharing: PrefixSharing, tokens: RowTokens | None, batch: int) -> str:
+    if not sharing.is_on:
+        text = f"separate, padded: {sharing.reason}"
+        if tokens is not None and tokens.packed:
+            text += f"; packed rows would take {tokens.separate / tokens.packed:.2f}x fewer tokens"
+        return text
+    text = f"packed, each prompt once: {sharing.reason}"
+    if tokens is not None and tokens.packed:
+        text += (
+            f"; {tokens.packed:,} tokens an epoch, {tokens.separate / tokens.packed:.2f}x fewer "
+            f"than separate sequences, {tokens.padded / tokens.packed:.2f}x fewer than padded "
+            f"batches of {batch}"
+        )
+    return text

@@ -4,7 +4,8 @@ The loop, the schedule, saving, callbacks and launching are transformers' and ac
 is what makes a step: the pairs of the whole optimiser step are planned into row batches, each is
 scored through the head seam, and the loss is normalised by the tokens and pairs of the whole
 step over all ranks, so that its gradient does not depend on how the step was cut. Preparing
-the model is in `setup.py`, rows in `data/`, the formula in `loss.py`.
+the model is in `setup.py`, rows in `data/`, whether prompts are shared in
+`model/prefix_sharing.py`, the formula in `loss.py`.
 """
 
 import time
@@ -24,8 +25,9 @@ from transformers.trainer import TRAINING_ARGS_NAME
 
 from .config.orpo_config import ORPOConfig
 from .data.preparation import prepare_pairs
+from .data.row_batch import Pair, RowBatch
 from .data.sources import RowSource, dataset_source
-from .data.step_plan import Pair, RowBatch, RowPlanner, StepPlan
+from .data.step_plan import RowPlanner, StepPlan
 from .errors import DataError
 from .loss import orpo_loss
 from .metrics import LossScale, empty_parts, loss_parts, named_metrics, total_loss
@@ -34,11 +36,13 @@ from .setup import (
     check_launch,
     check_parallelism,
     check_vocabulary,
+    choose_rows,
     length_rule,
     pad_token_id,
     prepare_model,
     resolve_tokenizer,
 )
+from .throughput import Throughput
 
 
 def _collate_pairs(features: list[Pair]) -> dict[str, list[Pair]]:
@@ -91,11 +95,8 @@ class ORPOTrainer(Trainer):
         tokenizer = resolve_tokenizer(model, processing_class, tokenizer)
         model = prepare_model(model, args, peft_config)
         check_vocabulary(model, tokenizer)
-        self._length_rule = length_rule(model, args)
+        self.length_rule = length_rule(model, args)
         self.data_reports: list[Any] = []
-        self._planner = RowPlanner(
-            pad_token_id(tokenizer), args.nll_tokens, args.per_device_train_batch_size
-        )
         self._scale = LossScale(args.odds_ratio_weight, args.odds_ratio_temperature)
         self.head = attach_scored_head(
             model,
@@ -116,13 +117,17 @@ class ORPOTrainer(Trainer):
             optimizers=optimizers,
         )
         check_parallelism(self)
+        self.equal_rows: bool = self.is_fsdp_enabled
+        """Whether all ranks pass as many rows: a sharded model's collectives wait for each other."""
         self.head.verify()
+        self.sharing, self.rows_description = choose_rows(self)
+        self._planner = RowPlanner(
+            pad_token_id(tokenizer), args.nll_tokens, args.max_tokens_per_row, self.sharing.is_on
+        )
         if hasattr(self.model, "add_model_tags"):
             self.model.add_model_tags(self._tag_names)
         self._train_parts = empty_parts(self.args.device)
-        self._train_steps = 0
-        self._train_tokens = 0
-        self._clock: float | None = None  # start of the first step since the last log line
+        self._throughput = Throughput()
         self._eval_parts = empty_parts(self.args.device)
         self._eval_counts = torch.zeros(2, device=self.args.device)
 
@@ -135,7 +140,7 @@ class ORPOTrainer(Trainer):
             return dataset  # the trainer's own, handed back to evaluate()
         source = dataset if isinstance(dataset, RowSource) else dataset_source(name, dataset)
         prepared = prepare_pairs(
-            source, self.processing_class, self._length_rule, self.args.on_bad_row
+            source, self.processing_class, self.length_rule, self.args.on_bad_row
         )
         self.data_reports.append(prepared.report)
         return prepared.dataset
@@ -194,10 +199,25 @@ class ORPOTrainer(Trainer):
         if self.args.world_size > 1:
             counts = torch.tensor([nll_tokens, pair_count], device=device)
             nll_tokens, pair_count = self.accelerator.reduce(counts, reduction="sum").tolist()
-        # Trainer lowers its batch size after an out-of-memory error, if it may.
-        planner = self._planner._replace(pairs_per_row_batch=self._train_batch_size)
+        rows = self._plan_rows(self._planner_for(self._train_batch_size), pairs, repeats)
+        step = StepPlan(rows, nll_tokens, pair_count, own_pairs=len(pairs))
+        return [{}] * (fetched - 1) + [{"step": step}], None
+
+    def _planner_for(self, batch_size: int) -> RowPlanner:
+        # Trainer lowers its batch size after an out-of-memory error, if it may; rows follow.
+        budget = self.args.max_tokens_per_row * batch_size // self.args.per_device_train_batch_size
+        return self._planner._replace(max_tokens_per_row=min(budget, self.args.max_tokens_per_row))
+
+    def _plan_rows(
+        self, planner: RowPlanner, pairs: list[Pair], repeats: list[Pair]
+    ) -> list[RowBatch]:
         rows = planner.plan(pairs, repeats)
-        return [{}] * (fetched - 1) + [{"step": StepPlan(rows, nll_tokens, pair_count)}], None
+        if self.equal_rows and self.args.world_size > 1:
+            own = torch.tensor([len(rows)], device=self.args.device)
+            missing = int(self.accelerator.gather(own).max()) - len(rows)
+            shortest = min([*pairs, *repeats], key=lambda pair: int(pair["length"]))
+            rows += [planner.unscored(shortest)] * missing
+        return rows
 
     def _own_pair_count(self, fetched: int) -> int:
         """How many of a batch's pairs are not repeats that even out the ranks' last batch."""
@@ -218,23 +238,25 @@ class ORPOTrainer(Trainer):
         """Forward and backward of one optimiser step's rows; entries without a step do nothing."""
         if "step" not in inputs:
             return torch.zeros((), device=self.args.device)
-        self._clock = time.perf_counter() if self._clock is None else self._clock
+        self._throughput.begin_step()
         model.train()
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
         step: StepPlan = inputs["step"]
         total = torch.zeros((), device=self.args.device)
-        for number, row in enumerate(step.rows):
-            is_last = number == len(step.rows) - 1
-            with nullcontext() if is_last else self.accelerator.no_sync(model):
-                with self.compute_loss_context_manager():
-                    loss, parts = self._score(model, row, step.nll_tokens, step.pairs)
-                # DDP averages over ranks, but each rank's loss is already its share of the sum.
-                self.accelerator.backward(loss * self.args.world_size)
-            total += loss.detach()
-            self._train_parts += parts
-            self._train_tokens += row.tokens
-        self._train_steps += 1
+        with self.sharing.attending(self.model):
+            for number, row in enumerate(step.rows):
+                is_last = number == len(step.rows) - 1
+                # A sharded model reduces each row's gradients: only whole ones could wait.
+                reduces = is_last or self.equal_rows
+                with nullcontext() if reduces else self.accelerator.no_sync(model):
+                    with self.compute_loss_context_manager():
+                        loss, parts = self._score(model, row, step.nll_tokens, step.pairs)
+                    # DDP averages over ranks, but each rank's loss is its share of the sum.
+                    self.accelerator.backward(loss * self.args.world_size)
+                total += loss.detach()
+                self._train_parts += parts
+        self._throughput.end_step(step.rows, step.own_pairs)
         return total * self.args.world_size
 
     def _score(
@@ -242,11 +264,7 @@ class ORPOTrainer(Trainer):
     ) -> tuple[Tensor, Tensor]:
         """The loss of one row batch and its reported parts, over the given normalisers."""
         row = row.to(self.args.device)
-        logps = model(
-            input_ids=row.input_ids,
-            attention_mask=row.attention_mask,
-            score_rows=(row.score_index, row.targets),
-        )
+        logps = model(**row.inputs, score_rows=(row.score_index, row.targets))
         loss = orpo_loss(
             logps,
             row.completion_ids,
@@ -272,7 +290,9 @@ class ORPOTrainer(Trainer):
             return
         counts_padding = self.args.include_num_input_tokens_seen == "all"
         rows = inputs["step"].rows
-        tokens = sum(row.input_ids.numel() if counts_padding else row.tokens for row in rows)
+        tokens = sum(
+            row.inputs["input_ids"].numel() if counts_padding else row.tokens for row in rows
+        )
         seen = torch.tensor(tokens, device=self.args.device)
         self.state.num_input_tokens_seen += int(self.accelerator.reduce(seen, reduction="sum"))
 
@@ -298,12 +318,13 @@ class ORPOTrainer(Trainer):
         """Add one batch's sums; the figures are made when the whole set is through."""
         own = self._own_pair_count(len(inputs["pairs"]))
         pairs = inputs["pairs"][:own]
-        planner = self._planner._replace(pairs_per_row_batch=self.args.per_device_eval_batch_size)
-        for row in planner.plan(pairs):
-            with torch.no_grad(), self.compute_loss_context_manager():
-                _, parts = self._score(model, row, nll_tokens=1.0, pairs=1.0)
-            self._eval_parts += parts
-        counts = [planner.count_nll_tokens(pairs), len(pairs)]
+        rows = self._plan_rows(self._planner, pairs, inputs["pairs"][own:])
+        with torch.no_grad(), self.sharing.attending(self.model):
+            for row in rows:
+                with self.compute_loss_context_manager():
+                    _, parts = self._score(model, row, nll_tokens=1.0, pairs=1.0)
+                self._eval_parts += parts
+        counts = [self._planner.count_nll_tokens(pairs), len(pairs)]
         self._eval_counts += torch.tensor(counts, device=self._eval_counts.device)
         # Trainer wants a batch loss; ours for the set replaces its mean of means below.
         return torch.zeros((), device=self.args.device), None, None
@@ -315,8 +336,7 @@ class ORPOTrainer(Trainer):
         self._eval_counts = empty_parts(self.args.device)[:2]
         started = time.perf_counter()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        if self._clock is not None:
-            self._clock += time.perf_counter() - started
+        self._throughput.leave_out(time.perf_counter() - started)
         parts = self.accelerator.reduce(self._eval_parts, reduction="sum")
         tokens, pairs = self.accelerator.reduce(self._eval_counts, reduction="sum").tolist()
         divisors = [max(tokens, 1.0)] + [max(pairs, 1.0)] * (len(parts) - 1)
@@ -330,20 +350,17 @@ class ORPOTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics of the steps since the last log line."""
-        if "loss" in logs and self._train_steps:
+        if "loss" in logs and self._throughput.steps:
             parts = self.accelerator.reduce(self._train_parts, reduction="sum")
-            averages = (parts / self._train_steps).tolist()  # waits for the device
-            seconds = time.perf_counter() - (self._clock or 0.0)
+            averages = (parts / self._throughput.steps).tolist()  # waits for the device
             logs.update(named_metrics(averages, self._scale))
-            local = torch.tensor(
-                float(self._train_tokens), dtype=torch.float32, device=self.args.device
-            )
-            tokens = float(self.accelerator.reduce(local, reduction="sum"))
-            logs["lite_orpo/tokens_per_second"] = tokens / max(seconds, 1e-9)
+            logs.update(self._throughput.take(self.args.device, self._sum_over_ranks))
             self._train_parts.zero_()
-            self._train_steps = self._train_tokens = 0
-            self._clock = None
         super().log(logs, start_time)
+
+    def _sum_over_ranks(self, values: Tensor) -> Tensor:
+        total: Tensor = self.accelerator.reduce(values, reduction="sum")
+        return total
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Save model and tokenizer, without Trainer's pickled arguments (they hold the token)."""

@@ -36,6 +36,7 @@ def print_start(
         ),
         *(("Data", line) for report in trainer.data_reports for line in report.lines()[:1]),
         ("Step", f"{pairs} pairs, odds-ratio weight {args.odds_ratio_weight:g}, head {head}"),
+        ("Rows", trainer.rows_description),
     ]
     for label, text in rows:
         console.print(Text(f"{label:>10} ", style="bold cyan") + Text(text), soft_wrap=True)

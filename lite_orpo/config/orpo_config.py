@@ -71,6 +71,17 @@ class ORPOConfig(TrainingArguments):
         "drop",
         "rows that cannot be trained on: drop (counted and shown; an error above 10 %) or error",
     )
+    prefix_sharing: str = _setting(
+        "auto",
+        "encode each prompt once for both completions, in packed rows: auto (where it is proved "
+        "exact on the model), on (an error where it is not) or off",
+    )
+    max_tokens_per_row: int = _setting(
+        2048, "most tokens in one pass through the model; a longer pair has a pass of its own"
+    )
+    tree_attention: str = _setting(
+        "sdpa", "attention over packed rows: sdpa (everywhere) or varlen (CUDA, not measured yet)"
+    )
     disable_dropout: bool = _setting(True, "turn the base model's dropout off (not LoRA's)")
     loss_backend: str = _setting(
         "auto", "of the fused head and loss: auto, triton, chunked or reference"
@@ -137,12 +148,11 @@ class ORPOConfig(TrainingArguments):
                 raise ConfigError(f"{name} must be a number of at least {least}, found {value!r}")
         if self.max_steps <= 0 and not self.num_train_epochs > 0:
             raise ConfigError(f"num_train_epochs must be positive, found {self.num_train_epochs}")
-        for name in ("fsdp", "deepspeed"):
-            if getattr(self, name):
-                raise ConfigError(
-                    f"{name} is not supported yet; use plain data parallelism, "
-                    "`accelerate launch --multi_gpu ...`"
-                )
+        if self.deepspeed:
+            raise ConfigError(
+                "deepspeed is not supported yet; use plain data parallelism, "
+                "`accelerate launch --multi_gpu ...`"
+            )
         if self.load_best_model_at_end and str(self.eval_strategy) in ("no", "IntervalStrategy.NO"):
             raise ConfigError(
                 "load_best_model_at_end needs evaluations to choose by; set eval_strategy"
@@ -153,12 +163,18 @@ class ORPOConfig(TrainingArguments):
             "nll_tokens": ("prompt_and_completion", "completion"),
             "overlong_rows": ("drop", "cut_prompt"),
             "on_bad_row": ("drop", "error"),
+            "prefix_sharing": ("auto", "on", "off"),
+            "tree_attention": ("sdpa", "varlen"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ConfigError(
                     f"{name} must be {' or '.join(allowed)}, found {getattr(self, name)!r}"
                 )
+        if not _is_number(self.max_tokens_per_row) or self.max_tokens_per_row < 2:
+            raise ConfigError(
+                f"max_tokens_per_row must be at least 2, found {self.max_tokens_per_row!r}"
+            )
         if self.max_length is not None and (not _is_number(self.max_length) or self.max_length < 2):
             raise ConfigError(f"max_length must be at least 2 or null, found {self.max_length!r}")
         if self.loss_workspace_mib < 1:

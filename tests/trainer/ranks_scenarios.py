@@ -40,6 +40,9 @@ SCENARIOS = {
     "one_pair_left_full": Scenario(pairs=5, batch=4, full=True),
     "three_pairs_left": Scenario(pairs=7, batch=4, accumulation=2),
     "fewer_pairs_than_ranks": Scenario(pairs=1, batch=2),
+    "many_rows": Scenario(pairs=7, batch=4, accumulation=2, settings={"max_tokens_per_row": 80}),
+    "padded": Scenario(pairs=7, batch=4, accumulation=2, settings={"prefix_sharing": "off"}),
+    "packed_for_sure": Scenario(pairs=7, batch=4, settings={"prefix_sharing": "on"}),
     "checkpointed": Scenario(
         pairs=5, batch=2, accumulation=2, settings={"gradient_checkpointing": True}
     ),
@@ -70,6 +73,36 @@ def run(scenario: Scenario, folder: Path, ranks: int) -> dict[str, Any]:
     trainer.train()
     logs = [log for log in trainer.state.log_history if "loss" in log]
     return {"gradients": recorder.steps, "logs": logs}
+
+
+def sharded_gradients(folder: Path, ranks: int) -> dict[str, Any]:
+    """One step of six pairs over a model sharded by FSDP 2, where ranks differ in their rows.
+
+    Accelerate starts FSDP on GPUs only, so torch's own call shards the trainer's model here.
+    """
+    from torch import distributed
+    from torch.distributed.fsdp import fully_shard
+
+    trainer = trainer_for(
+        with_lora(tiny_model()), folder, plain_rows(6), max_tokens_per_row=2, prefix_sharing="on"
+    )
+    pairs = list(trainer.train_dataset)
+    if ranks > 1:
+        mine = (slice(0, 4), slice(4, 6))
+        pairs = pairs[mine[distributed.get_rank()]]
+        for layer in trainer.model.get_base_model().model.layers:
+            fully_shard(layer)
+        fully_shard(trainer.model)
+        trainer.equal_rows = True
+    entries, _ = trainer.get_batch_samples(iter([{"pairs": pairs}]), 1, trainer.args.device)
+    rows = len(entries[-1]["step"].rows)
+    loss = float(trainer.training_step(trainer.model, entries[-1]))
+    gradients = {}
+    for name, parameter in trainer.model.named_parameters():
+        if parameter.grad is not None:
+            gradient = parameter.grad
+            gradients[name] = gradient.full_tensor() if ranks > 1 else gradient.clone()
+    return {"rows": rows, "loss": loss, "gradients": gradients}
 
 
 def evaluate(folder: Path, batch: int) -> dict[str, float]:
@@ -112,6 +145,7 @@ def run_all(folder: Path, ranks: int) -> dict[str, Any]:
     results: dict[str, Any] = {
         name: run(scenario, folder / name, ranks) for name, scenario in SCENARIOS.items()
     }
+    results["sharded"] = sharded_gradients(folder / "sharded", ranks)
     results["evaluation"] = evaluate(folder / "evaluation", 4 // ranks)
     results["resume"] = resumed_weights(folder / "resume", ranks)
     return results

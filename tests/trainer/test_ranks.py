@@ -11,7 +11,7 @@ import ranks_scenarios
 import torch
 from filelock import FileLock
 from ranks_scenarios import SCENARIOS
-from tiny_models import relative_error
+from tiny_models import of_the_loss, relative_error, whole_relative_error
 
 RANKS = 2
 
@@ -73,8 +73,27 @@ def test_two_ranks_log_the_figures_of_one_process(name, alone, spread):
         assert len(found) == len(expected)
         for ours, theirs in zip(found, expected, strict=True):
             assert ours.keys() == theirs.keys()
-            for key in theirs.keys() - {"lite_orpo/tokens_per_second"}:
+            for key in of_the_loss(theirs):
                 assert ours[key] == pytest.approx(theirs[key], rel=1e-5, abs=1e-6), key
+
+
+def test_packed_and_padded_rows_take_the_same_step_on_any_number_of_ranks(alone, spread):
+    expected = alone["padded"]["gradients"]
+    for found in (alone["many_rows"], spread[0]["many_rows"], spread[0]["padded"]):
+        for ours, theirs in zip(found["gradients"], expected, strict=True):
+            assert whole_relative_error(ours, theirs) <= 1e-6
+
+
+def test_ranks_of_a_sharded_model_pass_equally_many_rows_and_make_the_same_gradient(alone, spread):
+    expected = alone["sharded"]
+    assert expected["rows"] == 6
+    for rank in range(RANKS):
+        found = spread[rank]["sharded"]
+        assert found["rows"] == 4  # of the second rank, two are there for the collectives alone
+        assert relative_error(found["gradients"], expected["gradients"]) <= 1e-6
+    # Each rank's loss is its share, scaled so that the mean over ranks is the whole.
+    losses = [spread[rank]["sharded"]["loss"] for rank in range(RANKS)]
+    assert sum(losses) / RANKS == pytest.approx(expected["loss"], rel=1e-6)
 
 
 def test_two_ranks_evaluate_an_odd_number_of_pairs_as_one_process_does(alone, spread):

@@ -52,6 +52,8 @@ def tiny_model(
 ) -> Any:
     """A random model of a family, with weights large enough for logits of a few nats."""
     known = {**_SIZES, **ARCHITECTURES.get(name, {}), **settings}
+    if name == "falcon":
+        del known["head_dim"]  # computed there, and cannot be set
     config = AutoConfig.for_model(name, **known)
     for rate in ("attn_pdrop", "resid_pdrop", "embd_pdrop", "attention_dropout", "dropout"):
         if hasattr(config, rate):
@@ -170,3 +172,16 @@ def relative_error(left: dict, right: dict) -> float:
         float((left[name] - right[name]).norm()) / max(float(right[name].norm()), floor)
         for name in right
     )
+
+
+def whole_relative_error(left: dict, right: dict) -> float:
+    """The norm of the difference of all gradients together, relative to their norm."""
+    assert left.keys() == right.keys()
+    assert left
+    difference = sum(float((left[name] - right[name]).norm()) ** 2 for name in right)
+    return (difference / sum(float(right[name].norm()) ** 2 for name in right)) ** 0.5
+
+
+def of_the_loss(log: dict[str, float]) -> set[str]:
+    """Keys of a log line that say what was computed, not how fast or in how many rows."""
+    return {key for key in log if not key.startswith("lite_orpo/")}
