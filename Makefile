@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint types bench bench-gpu clean
+.PHONY: demo test lint types bench bench-gpu bench-gpu-step clean
 
 demo: $(STAMP)
 	$(BIN)/lite-orpo train examples/demo.yaml
@@ -22,6 +22,7 @@ types: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/step_memory.py
 	$(BIN)/python benchmarks/head_cpu.py
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/step_time.py
 
 # On a machine with a GPU; torch, triton and pytest are enough (PYTHON=... to name the interpreter).
 BENCH_GPU_JSON ?= head_gpu.json
@@ -29,6 +30,13 @@ bench-gpu:
 	PYTHONPATH=kernels $(PYTHON) -m pytest -q -p no:cacheprovider $(addprefix tests/kernels/test_, \
 		triton_logprobs.py triton_low_rank.py triton_orpo.py triton_filter.py on_gpu.py)
 	PYTHONPATH=kernels $(PYTHON) benchmarks/head_gpu.py --minutes 5 --json $(BENCH_GPU_JSON)
+
+# A whole step on packed rows; needs transformers, peft and accelerate beside torch and triton.
+BENCH_GPU_STEP_JSON ?= step_gpu.json
+bench-gpu-step:
+	PYTHONPATH=.:kernels $(PYTHON) -m pytest -q -p no:cacheprovider tests/trainer/test_tree_on_gpu.py
+	PYTHONPATH=.:kernels $(PYTHON) benchmarks/step_time.py --device cuda --dtype bf16 \
+		--json $(BENCH_GPU_STEP_JSON)
 
 # Installed again when what is asked for has changed.
 $(STAMP): pyproject.toml constraints.txt
