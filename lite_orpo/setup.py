@@ -4,7 +4,6 @@ Each function refuses, in one line, what would otherwise train silently wrong.
 """
 
 import logging
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,12 +11,10 @@ import torch
 from .config.options import ModelOptions
 from .config.orpo_config import ORPOConfig
 from .data.preparation import LengthRule
-from .data.row_tokens import RowTokens, count_row_tokens
 from .errors import ConfigError, ModelError
 from .model.adapter import disable_dropout, refuse_virtual_tokens, wrap_with_adapter
 from .model.head import innermost_causal_lm
 from .model.load import load_model, load_tokenizer, refuse_encoder_decoder
-from .model.prefix_sharing import PrefixSharing, decide_prefix_sharing
 
 logger = logging.getLogger(__name__)
 
@@ -178,57 +175,3 @@ def length_rule(model: Any, args: ORPOConfig) -> LengthRule:
         )
         max_length = int(positions)
     return LengthRule(max_length, args.overlong_rows)
-
-
-def choose_rows(trainer: Any) -> tuple[PrefixSharing, str]:
-    """Decide between packed rows and separate padded ones, and say so in one line.
-
-    Args:
-        trainer: with its model on the device, its head verified and its data prepared.
-
-    Returns:
-        The decision, and it in words with what it saves or costs.
-
-    Raises:
-        ModelError: `prefix_sharing` is "on" and the model does not compute the same that way.
-    """
-    args = trainer.args
-    if args.prefix_sharing == "off":
-        return PrefixSharing(False, "prefix_sharing is off"), "separate, padded (as configured)"
-    # Variable-length attention takes half precision only; the plain probe is sharper in fp32.
-    is_autocast = args.tree_attention == "varlen"
-    with trainer.compute_loss_context_manager() if is_autocast else nullcontext():
-        sharing = decide_prefix_sharing(
-            trainer.model,
-            attention=args.tree_attention,
-            max_length=trainer.length_rule.max_length,
-            is_compiled=args.torch_compile,
-        )
-    if args.prefix_sharing == "on" and not sharing.is_on:
-        raise ModelError(
-            f"prefix_sharing: on, but {type(innermost_causal_lm(trainer.model)).__name__} cannot: "
-            f"{sharing.reason}; set it to auto or off"
-        )
-    dataset = trainer.train_dataset if trainer.train_dataset is not None else trainer.eval_dataset
-    tokens = None
-    if dataset is not None and not isinstance(dataset, dict):
-        tokens = count_row_tokens(dataset, args.per_device_train_batch_size)
-    text = _rows_in_words(sharing, tokens, args.per_device_train_batch_size)
-    logger.log(logging.INFO if sharing.is_on else logging.WARNING, "rows: %s", text)
-    return sharing, text
-
-
-def _rows_in_words(sharing: PrefixSharing, tokens: RowTokens | None, batch: int) -> str:
-    if not sharing.is_on:
-        text = f"separate, padded: {sharing.reason}"
-        if tokens is not None and tokens.packed:
-            text += f"; packed rows would take {tokens.separate / tokens.packed:.2f}x fewer tokens"
-        return text
-    text = f"packed, each prompt once: {sharing.reason}"
-    if tokens is not None and tokens.packed:
-        text += (
-            f"; {tokens.packed:,} tokens an epoch, {tokens.separate / tokens.packed:.2f}x fewer "
-            f"than separate sequences, {tokens.padded / tokens.packed:.2f}x fewer than padded "
-            f"batches of {batch}"
-        )
-    return text

@@ -25,18 +25,18 @@ from transformers.trainer import TRAINING_ARGS_NAME
 
 from .config.orpo_config import ORPOConfig
 from .data.preparation import prepare_pairs
-from .data.row_batch import Pair, RowBatch
+from .data.row_batch import Pair, PlannedPair, RowBatch
 from .data.sources import RowSource, dataset_source
 from .data.step_plan import RowPlanner, StepPlan
 from .errors import DataError
 from .loss import orpo_loss
 from .metrics import LossScale, empty_parts, loss_parts, named_metrics, total_loss
 from .model.head import attach_scored_head
+from .row_choice import choose_rows
 from .setup import (
     check_launch,
     check_parallelism,
     check_vocabulary,
-    choose_rows,
     length_rule,
     pad_token_id,
     prepare_model,
@@ -118,7 +118,7 @@ class ORPOTrainer(Trainer):
         )
         check_parallelism(self)
         self.equal_rows: bool = self.is_fsdp_enabled
-        """Whether all ranks pass as many rows: a sharded model's collectives wait for each other."""
+        """Whether all ranks pass as many rows: of a sharded model, they wait for each other."""
         self.head.verify()
         self.sharing, self.rows_description = choose_rows(self)
         self._planner = RowPlanner(
@@ -215,7 +215,7 @@ class ORPOTrainer(Trainer):
         if self.equal_rows and self.args.world_size > 1:
             own = torch.tensor([len(rows)], device=self.args.device)
             missing = int(self.accelerator.gather(own).max()) - len(rows)
-            shortest = min([*pairs, *repeats], key=lambda pair: int(pair["length"]))
+            shortest = min([*pairs, *repeats], key=lambda pair: PlannedPair.of(pair).tree_tokens)
             rows += [planner.unscored(shortest)] * missing
         return rows
 
@@ -231,6 +231,12 @@ class ORPOTrainer(Trainer):
             return fetched
         before = self.args.process_index * fetched
         return min(max(remainder - before, 0), fetched)
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        # Called again after an out-of-memory error: what the lost steps reported goes with them.
+        self._train_parts.zero_()
+        self._throughput = Throughput()
+        return super()._inner_training_loop(*args, **kwargs)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None

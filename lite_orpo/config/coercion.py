@@ -1,6 +1,6 @@
 """Fitting one YAML value to the declared type of its key, or saying in one line why not.
 
-Conversions lose nothing: 3 is a float, 3.0 an int, on is true; "yes" in quotes is no boolean.
+Conversions lose nothing: 3 is a float, 3.0 an int; "yes" in quotes is no boolean.
 """
 
 import enum
@@ -50,8 +50,6 @@ def coerce(key: str, value: Any, hint: Any, where: str) -> Any:
         elif isinstance(kind, type) and _is_exactly(value, kind):
             _check_items(key, value, member, where)
             return value
-    if bool in members and isinstance(value, str) and value.lower() in ("on", "off"):
-        return value.lower() == "on"
     if float in members and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if int in members and isinstance(value, float) and value.is_integer():

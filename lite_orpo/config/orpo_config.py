@@ -71,7 +71,7 @@ class ORPOConfig(TrainingArguments):
         "drop",
         "rows that cannot be trained on: drop (counted and shown; an error above 10 %) or error",
     )
-    prefix_sharing: str = _setting(
+    prefix_sharing: str | bool = _setting(
         "auto",
         "encode each prompt once for both completions, in packed rows: auto (where it is proved "
         "exact on the model), on (an error where it is not) or off",
@@ -166,6 +166,8 @@ class ORPOConfig(TrainingArguments):
             "prefix_sharing": ("auto", "on", "off"),
             "tree_attention": ("sdpa", "varlen"),
         }
+        if isinstance(self.prefix_sharing, bool):  # what YAML 1.1 makes of a bare on or off
+            self.prefix_sharing = "on" if self.prefix_sharing else "off"
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ConfigError(

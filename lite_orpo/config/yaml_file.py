@@ -1,7 +1,7 @@
 """Reading and writing a flat YAML configuration, with the line of every key for error messages.
 
-What the keys mean is decided elsewhere. Loaded with PyYAML's safe loader, plus three repairs of
-YAML 1.1: `1e-4` is a number, `on` and `off` are text, and a key given twice is an error.
+What the keys mean is decided elsewhere. Loaded with PyYAML's safe loader, plus two repairs:
+`1e-4` is a number (YAML 1.1 reads it as text), and a key given twice is an error.
 """
 
 import re
@@ -29,12 +29,6 @@ _Loader.add_implicit_resolver(
     re.compile(r"^[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+$"),
     list("-+0123456789"),
 )
-# Of what begins with an o, the safe loader resolves on and off alone, to booleans.
-_Loader.yaml_implicit_resolvers = {
-    first: resolvers
-    for first, resolvers in _Loader.yaml_implicit_resolvers.items()
-    if first not in ("o", "O")
-}
 
 
 def parse_value(text: str) -> Any:

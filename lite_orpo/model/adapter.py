@@ -40,6 +40,15 @@ def lora_config(options: LoraOptions) -> Any | None:
         raise ModelError(f"LoRA options: {error}") from None
 
 
+_RATES = (
+    "attention_dropout",
+    "activation_dropout",
+    "hidden_dropout",
+    "residual_dropout",
+    "dropout",
+)
+
+
 def disable_dropout(model: nn.Module) -> None:
     """Turn every dropout layer of the base model off; an adapter's own stays."""
     for name, module in model.named_modules():
@@ -47,7 +56,7 @@ def disable_dropout(model: nn.Module) -> None:
             module.p = 0.0
     for module in model.modules():
         # Some layers hand a rate to a function; there is no nn.Dropout to find.
-        for rate in ("attention_dropout", "activation_dropout", "hidden_dropout", "dropout"):
+        for rate in _RATES:
             if isinstance(getattr(module, rate, None), float):
                 setattr(module, rate, 0.0)
 

@@ -70,7 +70,7 @@ def tree_sdpa_attention(
         RuntimeError: there is no layout, or it does not describe this row.
         NotImplementedError: the layer wants something that is not known here.
     """
-    spans = _checked(query, attention_mask, tree_spans, kwargs)
+    spans = _checked(module, query, attention_mask, tree_spans, kwargs)
     window = kwargs.pop("sliding_window", None)
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
         return _in_buckets(module, query, key, value, spans, window, _eager_of(module), kwargs)
@@ -93,7 +93,7 @@ def tree_varlen_attention(
     Arguments, result and errors as in `tree_sdpa_attention`; bf16 or fp16 only, no soft-cap, no
     sinks. Not measured on a GPU yet.
     """
-    spans = _checked(query, attention_mask, tree_spans, kwargs)
+    spans = _checked(module, query, attention_mask, tree_spans, kwargs)
     for name in ("softcap", "s_aux"):
         if kwargs.get(name) is not None:
             raise NotImplementedError(f"varlen attention knows no {name}")
@@ -173,6 +173,7 @@ def register_tree_attention() -> None:
 
 
 def _checked(
+    module: nn.Module,
     query: Tensor,
     attention_mask: Tensor | None,
     tree_spans: tuple[Span, ...] | None,
@@ -190,6 +191,8 @@ def _checked(
         )
     if attention_mask is not None:
         raise RuntimeError("packed rows have no padding and take no attention mask")
+    if kwargs.get("is_causal") is False or not getattr(module, "is_causal", True):
+        raise NotImplementedError("its attention is not causal")
     if kwargs.get("position_bias") is not None:
         raise NotImplementedError("an attention bias by position is not known for packed rows")
     return tree_spans

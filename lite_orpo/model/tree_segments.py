@@ -17,8 +17,8 @@ Span = tuple[int, int, tuple[int, ...]]  # (start, prompt tokens, (tokens of eac
 
 # Copied-out sequences are padded to their bucket's longest: at most this much longer than they.
 MAX_PADDING_RATIO = 1.5
-# The row at work, with one entry for each window, and the row before it.
-_KEPT_LAYOUTS = 8
+# The row at work, with and without a window: masks of long rows are large.
+_KEPT_LAYOUTS = 2
 
 
 def tokens_of(spans: tuple[Span, ...]) -> int:
@@ -28,6 +28,7 @@ def tokens_of(spans: tuple[Span, ...]) -> int:
 
 
 @lru_cache(maxsize=_KEPT_LAYOUTS)
+@torch.inference_mode(False)  # what is made in an evaluation must serve a training step too
 def pair_masks(
     spans: tuple[Span, ...], window: int | None, device: torch.device
 ) -> list[list[Tensor | None]]:
@@ -66,6 +67,7 @@ class Buckets(NamedTuple):
 
 
 @lru_cache(maxsize=_KEPT_LAYOUTS)
+@torch.inference_mode(False)  # what is made in an evaluation must serve a training step too
 def buckets_of(spans: tuple[Span, ...], window: int | None, device: torch.device) -> Buckets:
     """Sort all sequences of a row into buckets; a prompt stands in one sequence per branch."""
     back = torch.empty(tokens_of(spans), dtype=torch.int64)
@@ -146,6 +148,7 @@ class VarlenSegments(NamedTuple):
 
 
 @lru_cache(maxsize=_KEPT_LAYOUTS)
+@torch.inference_mode(False)  # what is made in an evaluation must serve a training step too
 def varlen_segments(spans: tuple[Span, ...], device: torch.device) -> VarlenSegments:
     """Segments [prompt | first branch], then one for each other branch."""
     positions: list[int] = []

@@ -105,6 +105,28 @@ def sharded_gradients(folder: Path, ranks: int) -> dict[str, Any]:
     return {"rows": rows, "loss": loss, "gradients": gradients}
 
 
+def decisions(folder: Path, ranks: int) -> dict[str, Any]:
+    """What this rank decides where the last rank's model cannot share prefixes."""
+    from lite_orpo import row_choice
+    from lite_orpo.errors import ModelError
+    from lite_orpo.model.prefix_sharing import PrefixSharing
+
+    own = row_choice._decide
+    if ranks > 1 and torch.distributed.get_rank() == ranks - 1:
+        row_choice._decide = lambda trainer: PrefixSharing(False, "this one cannot")
+    try:
+        trainer = trainer_for(with_lora(tiny_model()), folder)
+        found = {"auto": trainer.rows_description}
+        try:
+            trainer_for(with_lora(tiny_model()), folder, prefix_sharing="on")
+            found["on"] = "no error"
+        except ModelError as error:
+            found["on"] = str(error)
+    finally:
+        row_choice._decide = own
+    return found
+
+
 def evaluate(folder: Path, batch: int) -> dict[str, float]:
     """The metrics of seven held-out pairs."""
     trainer = trainer_for(
@@ -146,6 +168,7 @@ def run_all(folder: Path, ranks: int) -> dict[str, Any]:
         name: run(scenario, folder / name, ranks) for name, scenario in SCENARIOS.items()
     }
     results["sharded"] = sharded_gradients(folder / "sharded", ranks)
+    results["decisions"] = decisions(folder / "decisions", ranks)
     results["evaluation"] = evaluate(folder / "evaluation", 4 // ranks)
     results["resume"] = resumed_weights(folder / "resume", ranks)
     return results

@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny_models import (
     plain_rows,
+    quiet_config,
     step_gradients,
     tiny_model,
     trainer_for,
@@ -30,7 +31,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The following .*_pattern keys:Ru
 def decide(model, **settings):
     head = attach_scored_head(model, backend="auto", workspace_bytes=2**20, device="cpu")
     head.verify()
-    options = {"attention": "sdpa", "max_length": 64, "is_compiled": False, **settings}
+    options = {"attention": "sdpa", "max_length": 64, **settings}
     return decide_prefix_sharing(model, **options)
 
 
@@ -98,20 +99,21 @@ def attend_across_branches(module, query, key, value, mask, **kwargs):
 
 
 @pytest.mark.parametrize(
-    ("family", "broken", "reason"),
+    ("family", "dtype", "broken", "reason"),
     [
-        ("mistral window", attend_without_the_window, "differ by"),
-        ("llama", attend_across_branches, "see the chosen ones"),
+        ("mistral window", torch.float32, attend_without_the_window, "differ by"),
+        ("llama", torch.float32, attend_across_branches, "see the chosen ones"),
+        ("llama", torch.bfloat16, attend_across_branches, "see the chosen ones"),
     ],
 )
-def test_the_probe_sees_broken_attention(family, broken, reason, monkeypatch):
+def test_the_probe_sees_broken_attention(family, dtype, broken, reason, monkeypatch):
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     def register():
         ALL_ATTENTION_FUNCTIONS.register(TREE_SDPA, broken)
 
     monkeypatch.setattr(prefix_sharing, "register_tree_attention", register)
-    sharing = decide(exact_model(family))
+    sharing = decide(exact_model(family, dtype=dtype))
     assert not sharing.is_on
     assert reason in sharing.reason
 
@@ -135,6 +137,68 @@ def _forgets_its_window(forward, attention):
             attention.config.sliding_window = window
 
     return forgetful
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_model_that_counts_positions_along_the_row_is_refused(dtype):
+    model = tiny_model(dtype=dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.2)  # small enough for the difference to drown in bf16's rounding
+    rotary = model.model.rotary_emb
+    own = rotary.forward
+    rotary.forward = lambda x, position_ids: own(x, torch.arange(x.shape[1]).unsqueeze(0))
+    sharing = decide(model)
+    assert not sharing.is_on
+    assert sharing.reason == "it does not read position_ids"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_attention_that_is_not_causal_is_refused(dtype):
+    model = tiny_model(dtype=dtype)
+    for layer in model.model.layers:
+        layer.self_attn.is_causal = False
+    sharing = decide(model)
+    assert not sharing.is_on
+    assert "not causal" in sharing.reason
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+def test_experts_that_round_by_how_many_tokens_they_get_are_no_leak(family):
+    settings = {"hidden_size": 256, "num_hidden_layers": 3, "num_experts": 32}
+    settings |= {"num_local_experts": 8, "num_experts_per_tok": 4}
+    model = exact_model(family, **settings)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.2)  # for the width; logits of some nats
+    sharing = decide(model)
+    assert sharing.is_on, sharing.reason
+
+
+def test_an_adapter_that_begins_at_a_token_of_the_row_is_refused():
+    sharing = decide(with_lora(tiny_model(), alora_invocation_tokens=[7]))
+    assert not sharing.is_on
+    assert "aLoRA" in sharing.reason
+
+
+def test_an_adapter_of_a_kind_that_is_not_known_is_refused():
+    model = with_lora(tiny_model())
+    model.peft_config["default"].peft_type = "XLORA"
+    assert "adapter of type XLORA" in decide(model).reason
+
+
+def test_a_window_in_the_configuration_of_a_model_that_has_none_does_not_matter():
+    sharing = decide(tiny_model("llama", sliding_window=8))
+    assert sharing.is_on, sharing.reason
+
+
+def test_more_embeddings_than_outputs_do_not_stop_the_probe():
+    model = tiny_model(tie_word_embeddings=False)
+    old = model.get_input_embeddings()
+    new = torch.nn.Embedding(old.num_embeddings + 5, old.embedding_dim)
+    new.weight.data[: old.num_embeddings] = old.weight.data
+    model.set_input_embeddings(new)
+    assert decide(model).is_on
 
 
 @pytest.mark.parametrize(("max_length", "is_on"), [(64, True), (65, False), (None, False)])
@@ -223,7 +287,60 @@ def test_off_does_not_touch_the_attention(tmp_path):
         assert trainer.model.config._attn_implementation == "eager"
 
 
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"neftune_noise_alpha": 5.0}, "NEFTune's noise goes by the length of the row"),
+        ({"torch_compile": True}, "torch.compile would compile anew"),
+    ],
+    ids=["neftune", "compile"],
+)
+def test_settings_that_go_by_the_row_turn_packing_off(settings, reason, tmp_path):
+    trainer = trainer_for(with_lora(tiny_model()), tmp_path, **settings)
+    assert not trainer.sharing.is_on
+    assert reason in trainer.rows_description
+
+
+def test_a_compiled_model_turns_packing_off(tmp_path):
+    model = with_lora(tiny_model())
+    model.compile(backend="eager")
+    assert not trainer_for(model, tmp_path).sharing.is_on
+
+
+@pytest.mark.parametrize("value", [False, "off"])
+def test_off_may_be_a_boolean(value, tmp_path):
+    assert quiet_config(tmp_path, prefix_sharing=value).prefix_sharing == "off"
+    assert quiet_config(tmp_path, prefix_sharing=True).prefix_sharing == "on"
+
+
 # ---- around the step ----
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
+def test_training_follows_an_evaluation_in_inference_mode(family, tmp_path):
+    trainer = trainer_for(
+        with_lora(exact_model(family)), tmp_path, plain_rows(2), eval_dataset=plain_rows(2),
+        prefix_sharing="on", max_steps=1,
+    )  # fmt: skip
+    with torch.inference_mode():
+        trainer.evaluate()
+    trainer.train()
+
+
+def test_a_second_training_reports_nothing_of_the_first(tmp_path):
+    logs = []
+    for first_steps in (0, 1):
+        trainer = trainer_for(
+            with_lora(tiny_model()), tmp_path, learning_rate=0.0, max_steps=2, logging_steps=2
+        )
+        if first_steps:
+            trainer.args.max_steps = first_steps
+            trainer.train()
+            trainer.args.max_steps = 2
+        trainer.train()
+        lines = [log for log in trainer.state.log_history if "nll_loss" in log]
+        logs.append(lines[-1]["nll_loss"])
+    assert logs[0] == pytest.approx(logs[1], rel=1e-6)
 
 
 class Answers(TrainerCallback):

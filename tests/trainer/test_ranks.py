@@ -96,6 +96,15 @@ def test_ranks_of_a_sharded_model_pass_equally_many_rows_and_make_the_same_gradi
     assert sum(losses) / RANKS == pytest.approx(expected["loss"], rel=1e-6)
 
 
+def test_ranks_decide_alike_whether_to_pack(alone, spread):
+    assert alone["decisions"]["auto"].startswith("packed")
+    assert alone["decisions"]["on"] == "no error"
+    for rank in range(RANKS):
+        found = spread[rank]["decisions"]
+        assert found["auto"].startswith("separate, padded: this one cannot")
+        assert "cannot: this one cannot; set it to auto or off" in found["on"]
+
+
 def test_two_ranks_evaluate_an_odd_number_of_pairs_as_one_process_does(alone, spread):
     for rank in range(RANKS):
         assert spread[rank]["evaluation"] == pytest.approx(alone["evaluation"], rel=1e-6)

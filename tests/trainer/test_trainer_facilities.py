@@ -178,15 +178,16 @@ def dropouts_of(model):
 
 def test_the_base_models_dropout_is_off_and_loras_is_kept(tmp_path):
     def model(kind):
-        base = tiny_model("gpt2" if kind == "gpt2" else "llama")
+        base = tiny_model(kind)
         for _, module in dropouts_of(base):
             module.p = 0.5
         for module in base.modules():
-            if hasattr(module, "attention_dropout"):
-                module.attention_dropout = 0.5
+            for rate in ("attention_dropout", "residual_dropout"):
+                if hasattr(module, rate):
+                    setattr(module, rate, 0.5)
         return base
 
-    for kind in ("gpt2", "llama"):
+    for kind in ("gpt2", "llama", "starcoder2"):
         for disabled in (True, False):
             trainer = trainer_for(model(kind), tmp_path, disable_dropout=disabled)
             pairs = list(trainer.train_dataset)
