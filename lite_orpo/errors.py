@@ -28,6 +28,10 @@ class HubError(UserError):
     """A name that is neither here nor reachable on the hub."""
 
 
+class OutOfMemory(UserError):
+    """Memory ran out, and there is nothing left to make smaller."""
+
+
 class RowProblem(Exception):
     """Why one row cannot be trained on. Collected by the data room, never shown bare."""
 

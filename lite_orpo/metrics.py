@@ -66,10 +66,22 @@ def named_metrics(parts: list[float], scale: LossScale) -> dict[str, float]:
     }
 
 
-def total_loss(parts: list[float], scale: LossScale) -> float:
-    """The loss that the averaged parts belong to."""
-    values = dict(zip(_PARTS, parts, strict=True))
-    return values["nll"] + scale.weight * values["odds_ratio_loss"]
+def metrics_of_set(
+    parts: Tensor, tokens: float, pairs: float, scale: LossScale
+) -> dict[str, float]:
+    """Loss and metrics of a whole set, from sums over all of its row batches.
+
+    Args:
+        parts: [6], sums of `loss_parts` with normalisers of 1.
+        tokens: tokens of the NLL term in the set.
+        pairs: pairs of the set.
+        scale: the factors of the odds-ratio term.
+    """
+    divisors = [max(tokens, 1.0)] + [max(pairs, 1.0)] * (len(_PARTS) - 1)
+    averages = [part / divisor for part, divisor in zip(parts.tolist(), divisors, strict=True)]
+    values = dict(zip(_PARTS, averages, strict=True))
+    loss = values["nll"] + scale.weight * values["odds_ratio_loss"]
+    return {"loss": loss, **named_metrics(averages, scale)}
 
 
 def empty_parts(device: torch.device) -> Tensor:

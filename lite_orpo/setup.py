@@ -15,6 +15,7 @@ from .errors import ConfigError, ModelError
 from .model.adapter import disable_dropout, refuse_virtual_tokens, wrap_with_adapter
 from .model.head import innermost_causal_lm
 from .model.load import load_model, load_tokenizer, refuse_encoder_decoder
+from .model.quantization import keep_gradients_on_cpu, refuse_untrainable
 
 logger = logging.getLogger(__name__)
 
@@ -120,6 +121,8 @@ def prepare_model(model: Any, args: ORPOConfig, peft_config: Any) -> Any:
         disable_dropout(causal_lm)
     if peft_config is not None:
         model = wrap_with_adapter(model, peft_config)
+    refuse_untrainable(model)
+    keep_gradients_on_cpu(model)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         remedy = "pass a peft_config"
         if causal_lm is not model:

@@ -9,7 +9,7 @@ the model is in `setup.py`, rows in `data/`, whether prompts are shared in
 """
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -24,14 +24,15 @@ from transformers import Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from .config.orpo_config import ORPOConfig
-from .data.preparation import prepare_pairs
+from .data.prepared_sets import PreparedSets, is_mapping_of_sets
 from .data.row_batch import Pair, PlannedPair, RowBatch
-from .data.sources import RowSource, dataset_source
 from .data.step_plan import RowPlanner, StepPlan
 from .errors import DataError
 from .loss import orpo_loss
-from .metrics import LossScale, empty_parts, loss_parts, named_metrics, total_loss
+from .metrics import LossScale, empty_parts, loss_parts, metrics_of_set, named_metrics
 from .model.head import attach_scored_head
+from .out_of_memory import RowRoom
+from .ranks import fetch_pairs, own_pair_count, rows_missing
 from .row_choice import choose_rows
 from .setup import (
     check_launch,
@@ -47,10 +48,6 @@ from .throughput import Throughput
 
 def _collate_pairs(features: list[Pair]) -> dict[str, list[Pair]]:
     return {"pairs": features}
-
-
-def _is_mapping_of_sets(dataset: Any) -> bool:
-    return isinstance(dataset, Mapping)
 
 
 class ORPOTrainer(Trainer):
@@ -96,7 +93,8 @@ class ORPOTrainer(Trainer):
         model = prepare_model(model, args, peft_config)
         check_vocabulary(model, tokenizer)
         self.length_rule = length_rule(model, args)
-        self.data_reports: list[Any] = []
+        self._sets = PreparedSets(tokenizer, self.length_rule, args.on_bad_row)
+        self.data_reports = self._sets.reports
         self._scale = LossScale(args.odds_ratio_weight, args.odds_ratio_temperature)
         self.head = attach_scored_head(
             model,
@@ -110,8 +108,8 @@ class ORPOTrainer(Trainer):
             model=model,
             args=args,
             data_collator=_collate_pairs,
-            train_dataset=self._prepared("train_dataset", train_dataset),
-            eval_dataset=self._prepared_eval(eval_dataset),
+            train_dataset=self._sets.prepare("train_dataset", train_dataset),
+            eval_dataset=self._sets.prepare_each("eval_dataset", eval_dataset),
             processing_class=tokenizer,
             callbacks=callbacks,
             optimizers=optimizers,
@@ -126,29 +124,14 @@ class ORPOTrainer(Trainer):
         )
         if hasattr(self.model, "add_model_tags"):
             self.model.add_model_tags(self._tag_names)
+        self._room = RowRoom(args.max_tokens_per_row, "a step", args.world_size)
+        self._evaluation_room = RowRoom(args.max_tokens_per_row, "the evaluation", args.world_size)
         self._train_parts = empty_parts(self.args.device)
         self._throughput = Throughput()
         self._eval_parts = empty_parts(self.args.device)
         self._eval_counts = torch.zeros(2, device=self.args.device)
 
     # ---- data ----
-
-    def _prepared(self, name: str, dataset: Any) -> Any:
-        if dataset is None:
-            return None
-        if "prompt_input_ids" in (getattr(dataset, "column_names", None) or ()):
-            return dataset  # the trainer's own, handed back to evaluate()
-        source = dataset if isinstance(dataset, RowSource) else dataset_source(name, dataset)
-        prepared = prepare_pairs(
-            source, self.processing_class, self.length_rule, self.args.on_bad_row
-        )
-        self.data_reports.append(prepared.report)
-        return prepared.dataset
-
-    def _prepared_eval(self, dataset: Any) -> Any:
-        if _is_mapping_of_sets(dataset):
-            return {k: self._prepared(f"eval_dataset[{k!r}]", v) for k, v in dataset.items()}
-        return self._prepared("eval_dataset", dataset)
 
     def evaluate(
         self,
@@ -162,7 +145,7 @@ class ORPOTrainer(Trainer):
             `eval_loss` and TRL's metrics with the prefix, exact over the set: for any batch
             size and number of ranks, each token and each pair counts once.
         """
-        if _is_mapping_of_sets(eval_dataset):
+        if is_mapping_of_sets(eval_dataset):
             metrics: dict[str, float] = {}
             for name, rows in eval_dataset.items():
                 metrics.update(self.evaluate(rows, ignore_keys, f"{metric_key_prefix}_{name}"))
@@ -170,7 +153,7 @@ class ORPOTrainer(Trainer):
         if eval_dataset is None and self.eval_dataset is None:
             raise DataError("evaluate() needs held-out pairs: give the trainer an eval_dataset")
         if eval_dataset is not None and not isinstance(eval_dataset, str):
-            eval_dataset = self._prepared("eval_dataset", eval_dataset)
+            eval_dataset = self._sets.prepare("eval_dataset", eval_dataset)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     # ---- the step ----
@@ -182,55 +165,27 @@ class ORPOTrainer(Trainer):
 
         Trainer expects as many entries as it asked for; the last one carries the whole step.
         """
-        pairs: list[Pair] = []
-        repeats: list[Pair] = []
-        fetched = 0
-        for _ in range(num_batches):
-            batch = next(epoch_iterator, None)
-            if batch is None:
-                break
-            fetched += 1
-            own = self._own_pair_count(len(batch["pairs"]))
-            pairs += batch["pairs"][:own]
-            repeats += batch["pairs"][own:]
+        pairs, repeats, fetched = fetch_pairs(self, epoch_iterator, num_batches)
         if fetched == 0:
             return [], None
         nll_tokens, pair_count = self._planner.count_nll_tokens(pairs), len(pairs)
         if self.args.world_size > 1:
             counts = torch.tensor([nll_tokens, pair_count], device=device)
             nll_tokens, pair_count = self.accelerator.reduce(counts, reduction="sum").tolist()
-        rows = self._plan_rows(self._planner_for(self._train_batch_size), pairs, repeats)
-        step = StepPlan(rows, nll_tokens, pair_count, own_pairs=len(pairs))
+        # Trainer lowers its batch size after an out-of-memory error, if it may; rows follow.
+        tokens = self.args.max_tokens_per_row * self._train_batch_size
+        self._room.limit(tokens // self.args.per_device_train_batch_size)
+        rows = self._plan_rows(self._room, pairs, repeats)
+        step = StepPlan(rows, nll_tokens, pair_count, pairs, repeats)
         return [{}] * (fetched - 1) + [{"step": step}], None
 
-    def _planner_for(self, batch_size: int) -> RowPlanner:
-        # Trainer lowers its batch size after an out-of-memory error, if it may; rows follow.
-        budget = self.args.max_tokens_per_row * batch_size // self.args.per_device_train_batch_size
-        return self._planner._replace(max_tokens_per_row=min(budget, self.args.max_tokens_per_row))
-
-    def _plan_rows(
-        self, planner: RowPlanner, pairs: list[Pair], repeats: list[Pair]
-    ) -> list[RowBatch]:
+    def _plan_rows(self, room: RowRoom, pairs: list[Pair], repeats: list[Pair]) -> list[RowBatch]:
+        planner = self._planner._replace(max_tokens_per_row=room.max_tokens)
         rows = planner.plan(pairs, repeats)
         if self.equal_rows and self.args.world_size > 1:
-            own = torch.tensor([len(rows)], device=self.args.device)
-            missing = int(self.accelerator.gather(own).max()) - len(rows)
             shortest = min([*pairs, *repeats], key=lambda pair: PlannedPair.of(pair).tree_tokens)
-            rows += [planner.unscored(shortest)] * missing
+            rows += [planner.unscored(shortest)] * rows_missing(self, len(rows))
         return rows
-
-    def _own_pair_count(self, fetched: int) -> int:
-        """How many of a batch's pairs are not repeats that even out the ranks' last batch."""
-        state = self.accelerator.gradient_state
-        ranks = self.args.world_size
-        if ranks == 1 or self.args.dataloader_drop_last or not state.end_of_dataloader:
-            return fetched
-        # Not state.remainder: accelerate loses it where a resumed epoch skips batches.
-        remainder = len(state.active_dataloader.dataset) % (fetched * ranks)
-        if remainder == 0:
-            return fetched
-        before = self.args.process_index * fetched
-        return min(max(remainder - before, 0), fetched)
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         # Called again after an out-of-memory error: what the lost steps reported goes with them.
@@ -249,21 +204,37 @@ class ORPOTrainer(Trainer):
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
         step: StepPlan = inputs["step"]
+
+        def take(rows: list[RowBatch]) -> tuple[Tensor, Tensor]:
+            return self._forward_and_backward(model, rows, step.nll_tokens, step.pairs)
+
+        def plan_again() -> list[RowBatch]:
+            model.zero_grad(set_to_none=True)  # a failed backward pass leaves some behind
+            return self._plan_rows(self._room, step.own_pairs, step.repeats)
+
+        (total, parts), rows = self._room.make(step.rows, take, plan_again)
+        self._train_parts += parts
+        self._throughput.end_step(rows, len(step.own_pairs))
+        return total * self.args.world_size
+
+    def _forward_and_backward(
+        self, model: nn.Module, rows: list[RowBatch], nll_tokens: float, pairs: float
+    ) -> tuple[Tensor, Tensor]:
+        """Loss and reported parts of a step's rows; their gradients are in the parameters."""
         total = torch.zeros((), device=self.args.device)
+        all_parts = empty_parts(self.args.device)
         with self.sharing.attending(self.model):
-            for number, row in enumerate(step.rows):
-                is_last = number == len(step.rows) - 1
+            for number, row in enumerate(rows):
                 # A sharded model reduces each row's gradients: only whole ones could wait.
-                reduces = is_last or self.equal_rows
+                reduces = number == len(rows) - 1 or self.equal_rows
                 with nullcontext() if reduces else self.accelerator.no_sync(model):
                     with self.compute_loss_context_manager():
-                        loss, parts = self._score(model, row, step.nll_tokens, step.pairs)
+                        loss, parts = self._score(model, row, nll_tokens, pairs)
                     # DDP averages over ranks, but each rank's loss is its share of the sum.
                     self.accelerator.backward(loss * self.args.world_size)
                 total += loss.detach()
-                self._train_parts += parts
-        self._throughput.end_step(step.rows, step.own_pairs)
-        return total * self.args.world_size
+                all_parts += parts
+        return total, all_parts
 
     def _score(
         self, model: nn.Module, row: RowBatch, nll_tokens: float, pairs: float
@@ -311,7 +282,7 @@ class ORPOTrainer(Trainer):
         metric_key_prefix: str = "test",
     ) -> Any:
         """Metrics of another set of raw rows, as `evaluate` computes them; no predictions."""
-        prepared = self._prepared("test_dataset", test_dataset)
+        prepared = self._sets.prepare("test_dataset", test_dataset)
         return super().predict(prepared, ignore_keys, metric_key_prefix)
 
     def prediction_step(
@@ -322,14 +293,21 @@ class ORPOTrainer(Trainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, None, None]:
         """Add one batch's sums; the figures are made when the whole set is through."""
-        own = self._own_pair_count(len(inputs["pairs"]))
-        pairs = inputs["pairs"][:own]
-        rows = self._plan_rows(self._planner, pairs, inputs["pairs"][own:])
-        with torch.no_grad(), self.sharing.attending(self.model):
-            for row in rows:
-                with self.compute_loss_context_manager():
-                    _, parts = self._score(model, row, nll_tokens=1.0, pairs=1.0)
-                self._eval_parts += parts
+        own = own_pair_count(self, len(inputs["pairs"]))
+        pairs, repeats = inputs["pairs"][:own], inputs["pairs"][own:]
+
+        def plan() -> list[RowBatch]:
+            return self._plan_rows(self._evaluation_room, pairs, repeats)
+
+        def score(rows: list[RowBatch]) -> Tensor:
+            parts = empty_parts(self.args.device)
+            with torch.no_grad(), self.sharing.attending(self.model):
+                for row in rows:
+                    with self.compute_loss_context_manager():
+                        parts += self._score(model, row, nll_tokens=1.0, pairs=1.0)[1]
+            return parts
+
+        self._eval_parts += self._evaluation_room.make(plan(), score, plan)[0]
         counts = [self._planner.count_nll_tokens(pairs), len(pairs)]
         self._eval_counts += torch.tensor(counts, device=self._eval_counts.device)
         # Trainer wants a batch loss; ours for the set replaces its mean of means below.
@@ -343,12 +321,9 @@ class ORPOTrainer(Trainer):
         started = time.perf_counter()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         self._throughput.leave_out(time.perf_counter() - started)
-        parts = self.accelerator.reduce(self._eval_parts, reduction="sum")
-        tokens, pairs = self.accelerator.reduce(self._eval_counts, reduction="sum").tolist()
-        divisors = [max(tokens, 1.0)] + [max(pairs, 1.0)] * (len(parts) - 1)
-        averages = [part / divisor for part, divisor in zip(parts.tolist(), divisors, strict=True)]
-        metrics = {"loss": total_loss(averages, self._scale)}
-        metrics.update(named_metrics(averages, self._scale))
+        parts = self._sum_over_ranks(self._eval_parts)
+        tokens, pairs = self._sum_over_ranks(self._eval_counts).tolist()
+        metrics = metrics_of_set(parts, tokens, pairs, self._scale)
         output.metrics.update({f"{metric_key_prefix}_{k}": v for k, v in metrics.items()})
         return output
 
@@ -357,7 +332,7 @@ class ORPOTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics of the steps since the last log line."""
         if "loss" in logs and self._throughput.steps:
-            parts = self.accelerator.reduce(self._train_parts, reduction="sum")
+            parts = self._sum_over_ranks(self._train_parts)
             averages = (parts / self._throughput.steps).tolist()  # waits for the device
             logs.update(named_metrics(averages, self._scale))
             logs.update(self._throughput.take(self.args.device, self._sum_over_ranks))

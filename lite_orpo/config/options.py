@@ -21,6 +21,12 @@ class ModelOptions:
     dtype: str = _option(
         "auto", "weights in memory: auto (what the device truly has), float32, bfloat16, float16"
     )
+    load_in_4bit: bool = _option(
+        False, "base weights in 4 bits (QLoRA, bitsandbytes); the adapter trains in fp32"
+    )
+    load_in_8bit: bool = _option(False, "base weights in 8 bits (bitsandbytes)")
+    bnb_4bit_quant_type: str = _option("nf4", "4-bit data type: nf4 or fp4")
+    use_bnb_nested_quant: bool = _option(True, "quantise the 4-bit scales too (0.4 bits less)")
     attn_implementation: str | None = _option(None, "attention backend; default: transformers' own")
     trust_remote_code: bool = _option(False, "run Python code that a hub repository ships")
     chat_template_path: str | None = _option(

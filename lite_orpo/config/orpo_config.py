@@ -6,6 +6,7 @@ data a command-line run uses is in `options.py`.
 
 import math
 from dataclasses import dataclass, field, fields
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -27,6 +28,11 @@ def _setting(default: Any, text: str) -> Any:
 def gpu_has_bf16() -> bool:
     """Whether the current CUDA device computes in bf16 itself (a T4 only emulates it)."""
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def _is_of_bitsandbytes(optim: str) -> bool:
+    is_8bit = optim.endswith("8bit") and not optim.startswith(("adamw_torch", "galore"))
+    return is_8bit or optim.startswith("paged_") or optim in ("ademamix", "lion_32bit")
 
 
 def _is_number(value: Any) -> bool:
@@ -152,6 +158,12 @@ class ORPOConfig(TrainingArguments):
             raise ConfigError(
                 "deepspeed is not supported yet; use plain data parallelism, "
                 "`accelerate launch --multi_gpu ...`"
+            )
+        optim = str(getattr(self.optim, "value", self.optim))
+        if _is_of_bitsandbytes(optim) and find_spec("bitsandbytes") is None:
+            raise ConfigError(
+                f"optim: {optim} needs bitsandbytes (pip install bitsandbytes); adamw_torch does "
+                "not"
             )
         if self.load_best_model_at_end and str(self.eval_strategy) in ("no", "IntervalStrategy.NO"):
             raise ConfigError(

@@ -21,8 +21,10 @@ class StepPlan(NamedTuple):
     """NLL tokens of the whole step, over all ranks."""
     pairs: float
     """Pairs of the whole step, over all ranks."""
-    own_pairs: int
+    own_pairs: list[Pair]
     """Pairs of this rank."""
+    repeats: list[Pair]
+    """Pairs of this rank that a sampler repeated; nothing of them is scored."""
 
 
 class RowPlanner(NamedTuple):

@@ -10,6 +10,7 @@ import torch
 from ..config.options import ModelOptions
 from ..config.orpo_config import gpu_has_bf16
 from ..errors import HubError, ModelError
+from .quantization import quantization_config, quantization_method
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -38,7 +39,7 @@ def weight_dtype(name: str, device: torch.device, *, trains_all_weights: bool) -
 
 
 def load_model(options: ModelOptions, device: torch.device, *, trains_all_weights: bool) -> Any:
-    """Load the base model onto the CPU; the trainer moves it.
+    """Load the base model: onto the CPU, from where the trainer moves it; quantised, in place.
 
     Raises:
         ModelError: no such folder, no causal language model, or an unknown dtype.
@@ -56,6 +57,12 @@ def load_model(options: ModelOptions, device: torch.device, *, trains_all_weight
             name, revision=options.model_revision, trust_remote_code=options.trust_remote_code
         )
         refuse_encoder_decoder(config, name)
+        quantized = quantization_config(options, config, device, dtype)
+        if quantized is not None:
+            extra["quantization_config"] = quantized
+        if quantized is not None or quantization_method(config) is not None:
+            # Quantised where it will run: bitsandbytes' layers are not moved afterwards.
+            extra["device_map"] = {"": device}
         return AutoModelForCausalLM.from_pretrained(
             name,
             config=config,

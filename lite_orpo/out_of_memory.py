@@ -1,0 +1,130 @@
+"""Out of memory in a step: the budget of a row is halved, and the step is taken again as a whole.
+
+A failed backward pass leaves gradients behind that are neither the old nor the new ones, so
+nothing of the failed attempt is kept: gradients are dropped, the random states are put back, and
+the pairs of the step are planned anew. The effective batch stays what it was.
+"""
+
+import gc
+import logging
+import random
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+
+from .data.row_batch import RowBatch
+from .errors import OutOfMemory
+
+logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocator gave up (on a CPU that is a plain RuntimeError, or Python's own)."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and any(
+        sign in text
+        for sign in ("can't allocate memory", "not enough memory", "MPS backend out of memory")
+    )
+
+
+class RowRoom:
+    """Tokens that a row may have. They shrink where memory runs out, and stay so."""
+
+    def __init__(self, max_tokens: int, of_what: str, ranks: int) -> None:
+        self.max_tokens = max_tokens
+        self._of_what = of_what
+        self._ranks = ranks
+
+    def limit(self, max_tokens: int) -> None:
+        """Allow no more than this from now on."""
+        self.max_tokens = max(min(self.max_tokens, max_tokens), 1)
+
+    def make(
+        self,
+        rows: list[RowBatch],
+        attempt: Callable[[list[RowBatch]], Result],
+        plan_again: Callable[[], list[RowBatch]],
+    ) -> tuple[Result, list[RowBatch]]:
+        """Run all rows; where memory runs out, all of them again in smaller ones.
+
+        Args:
+            rows: the plan to begin with.
+            attempt: runs a plan from its first row to its last.
+            plan_again: undoes what an attempt left, and plans the same pairs for `max_tokens`.
+
+        Returns:
+            What the attempt that went through returned, and its rows.
+
+        Raises:
+            OutOfMemory: every row holds a single pair already, or there are other ranks, which
+                wait in the middle of the step.
+        """
+        before = RandomState.now()
+        while True:
+            try:
+                return attempt(rows), rows
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+            # Here, where nothing holds the failed attempt's tensors through its traceback.
+            self._shrink(rows)
+            rows = []
+            give_memory_back()
+            before.put_back()
+            rows = plan_again()
+
+    def _shrink(self, rows: Sequence[RowBatch]) -> None:
+        longest = max(int(row.inputs["input_ids"].numel()) for row in rows)
+        if self._ranks > 1:
+            raise OutOfMemory(
+                f"out of memory in {self._of_what} with rows of up to {longest:,} tokens, on one "
+                f"of {self._ranks} ranks, which cannot take it again alone; lower "
+                "max_tokens_per_row"
+            )
+        if all(row.pair_count == 1 for row in rows):
+            raise OutOfMemory(
+                f"out of memory in {self._of_what} with a single pair of {longest:,} tokens in a "
+                "row; lower max_length, set gradient_checkpointing: true, or take a smaller model"
+            )
+        self.max_tokens = max(min(self.max_tokens, longest) // 2, 1)
+        logger.warning(
+            "out of memory in %s with rows of up to %s tokens: taken again, and from now on, "
+            "with at most %s (max_tokens_per_row); the pairs of a step stay the same",
+            self._of_what,
+            f"{longest:,}",
+            f"{self.max_tokens:,}",
+        )
+
+
+class RandomState(NamedTuple):
+    """What dropout and the like draw from."""
+
+    python: Any
+    cpu: torch.Tensor
+    cuda: list[torch.Tensor]
+
+    @staticmethod
+    def now() -> "RandomState":
+        """The states at this moment."""
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        return RandomState(random.getstate(), torch.random.get_rng_state(), cuda)
+
+    def put_back(self) -> None:
+        """Go on from here again."""
+        random.setstate(self.python)
+        torch.random.set_rng_state(self.cpu)
+        if self.cuda:
+            torch.cuda.set_rng_state_all(self.cuda)
+
+
+def give_memory_back() -> None:
+    """Free what the failed attempt left to the garbage collector and to the allocator's cache."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if torch.backends.mps.is_available():
+        torch.mps.empty_cache()
