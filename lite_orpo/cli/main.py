@@ -50,6 +50,31 @@ def train(
     run_training(path, overrides)
 
 
+@app.command(context_settings=_ANY_KEY)
+def plan(
+    arguments: list[str] = typer.Argument(
+        None,
+        metavar="CONFIG.yaml [key=value | --key value]...",
+        help="the configuration, then settings that override it",
+        show_default=False,
+    ),
+    config: Path | None = typer.Option(None, "--config", help="the configuration, as an option"),
+    vram: float | None = typer.Option(
+        None, "--vram", help="memory of the card in GiB; default: of the one that is here"
+    ),
+) -> None:
+    """Show what memory a run will take, before anything is loaded."""
+    from ..config.yaml_file import read_settings
+    from .overrides import split_arguments
+
+    path, overrides = split_arguments(arguments or [], config)
+    read_settings(path)
+
+    from .plan import show_plan
+
+    show_plan(path, overrides, vram)
+
+
 @app.command()
 def init(
     path: Path = typer.Argument(Path("config.yaml"), help="the file to write"),

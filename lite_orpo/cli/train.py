@@ -36,7 +36,9 @@ from .output_folder import (
 from .train_output import print_outcome, print_samples, print_start, print_usage
 
 
-class _Sources(NamedTuple):
+class Sources(NamedTuple):
+    """Where a run's pairs come from."""
+
     train: RowSource
     held_out: RowSource | None
 
@@ -52,10 +54,10 @@ def run_training(path: Path, overrides: dict[str, Setting]) -> None:
         UserError: anything the user can mend, in one line.
     """
     console = Console(quiet=int(os.environ.get("RANK", "0")) != 0)
-    _quiet_libraries(console)
+    quiet_libraries(console)
     started = time.perf_counter()
     config = load_run_config(path, overrides)
-    sources = _open_sources(config)
+    sources = open_sources(config)
     check_output_dir(config)
     with library_refusals(path, (ImportError, ValueError, RuntimeError, OSError)):
         trainer = _build_trainer(config, sources, console)
@@ -83,7 +85,7 @@ def run_training(path: Path, overrides: dict[str, Setting]) -> None:
     print_usage(console, config, output_dir, METRICS_FILE, CURVES_FILE)
 
 
-def _quiet_libraries(console: Console) -> None:
+def quiet_libraries(console: Console) -> None:
     """Let our own lines be seen: libraries speak only of what is wrong."""
     import datasets
     import transformers
@@ -100,7 +102,13 @@ def _quiet_libraries(console: Console) -> None:
     logger.propagate = False
 
 
-def _open_sources(config: RunConfig) -> _Sources:
+def open_sources(config: RunConfig) -> Sources:
+    """Open the pairs that a configuration names, without reading them.
+
+    Raises:
+        ConfigError: none are named, or evaluations are asked for without held-out pairs.
+        DataError: a file or data set cannot be opened.
+    """
     data = config.data
     if data.dataset_name is None:
         raise ConfigError("dataset_name is not set; give a preference file or a hub name")
@@ -118,7 +126,7 @@ def _open_sources(config: RunConfig) -> _Sources:
             f"eval_strategy is {config.training.eval_strategy.value}, but there are no held-out "
             "pairs; set eval_dataset_name, or eval_strategy: no"
         )
-    return _Sources(train, held_out)
+    return Sources(train, held_out)
 
 
 def _test_split(config: RunConfig) -> RowSource | None:
@@ -134,7 +142,7 @@ def _test_split(config: RunConfig) -> RowSource | None:
         return None
 
 
-def _build_trainer(config: RunConfig, sources: _Sources, console: Console) -> ORPOTrainer:
+def _build_trainer(config: RunConfig, sources: Sources, console: Console) -> ORPOTrainer:
     from transformers import PrinterCallback, set_seed
 
     args = config.training
@@ -172,7 +180,7 @@ def _metrics_before(trainer: ORPOTrainer, config: RunConfig, output_dir: Path) -
     return next((line for line in lines if line["step"] == 0 and "eval_loss" in line), {})
 
 
-def _samples(config: RunConfig, trainer: ORPOTrainer, sources: _Sources) -> list[Sample]:
+def _samples(config: RunConfig, trainer: ORPOTrainer, sources: Sources) -> list[Sample]:
     if sources.held_out is None or not trainer.is_world_process_zero():
         return []
     return pick_samples(trainer.eval_dataset, sources.held_out, config.report.sample_prompts)

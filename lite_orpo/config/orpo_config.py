@@ -126,6 +126,12 @@ class ORPOConfig(TrainingArguments):
         """The factor on the log odds ratio inside the log-sigmoid."""
         return 1.0 if self.orpo_beta is None else self.orpo_beta
 
+    @property
+    def is_checkpointing(self) -> bool:
+        """Whether activations are recomputed, under either of transformers' names for it."""
+        names = ("activation_checkpointing", "gradient_checkpointing")
+        return any(bool(getattr(self, name, False)) for name in names)
+
     def _check_loss_settings(self) -> None:
         course_names = [n for n in ("orpo_alpha", "orpo_beta") if getattr(self, n) is not None]
         if self.beta is not None and course_names:

@@ -98,7 +98,7 @@ class ScoredHead:
             output = self._own_forward(*args, use_cache=False, **kwargs)
             rows = output.logits.flatten(0, 1).index_select(0, index)
             return logprobs_from_logits(rows, targets)
-        output = _backbone(self.causal_lm)(*args, use_cache=False, **_for_backbone(kwargs))
+        output = backbone_of(self.causal_lm)(*args, use_cache=False, **_forbackbone_of(kwargs))
         rows = output.last_hidden_state.flatten(0, 1).index_select(0, index)
         parts = parts_of_head(self.causal_lm.get_output_embeddings())
         if parts is None:
@@ -177,11 +177,12 @@ def innermost_causal_lm(model: Any) -> Any:
     return get_base_model() if callable(get_base_model) else model
 
 
-def _backbone(causal_lm: Any) -> Any:
+def backbone_of(causal_lm: Any) -> Any:
+    """The model without its head; the model itself where that is not known."""
     return getattr(causal_lm, str(getattr(causal_lm, "base_model_prefix", "")), causal_lm)
 
 
-def _for_backbone(kwargs: dict[str, Any]) -> dict[str, Any]:
+def _forbackbone_of(kwargs: dict[str, Any]) -> dict[str, Any]:
     # PEFT passes these to every CausalLM; a backbone does not know them.
     return {k: v for k, v in kwargs.items() if k not in ("labels", "logits_to_keep", "return_dict")}
 
@@ -219,7 +220,7 @@ def _find_transform(
     parts = parts_of_head(get_head()) if callable(get_head) else None
     if parts is None:
         return None, "its output head is no plain linear layer, nor one with a plain LoRA"
-    if _backbone(causal_lm) is causal_lm:
+    if backbone_of(causal_lm) is causal_lm:
         return None, "its backbone is not known"
     was_training = causal_lm.training
     causal_lm.eval()
@@ -261,7 +262,7 @@ def _probe(causal_lm: Any, own_forward: Callable[..., Any], parts: HeadParts) ->
         handle.remove()
     if not seen:
         return None
-    backbone = _backbone(causal_lm)
+    backbone = backbone_of(causal_lm)
     hidden = backbone(input_ids=tokens, attention_mask=mask, use_cache=False).last_hidden_state
     return _Probe(seen["head_input"], hidden, seen["rows"], logits)
 

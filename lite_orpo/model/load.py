@@ -45,18 +45,15 @@ def load_model(options: ModelOptions, device: torch.device, *, trains_all_weight
         ModelError: no such folder, no causal language model, or an unknown dtype.
         HubError: the name is no folder and the hub does not give it.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     name = _required_name(options)
+    config = load_config(options)
     extra: dict[str, Any] = {}
     if options.attn_implementation is not None:
         extra["attn_implementation"] = options.attn_implementation
     dtype = weight_dtype(options.dtype, device, trains_all_weights=trains_all_weights)
     with _loading(name, "model"):
-        config = AutoConfig.from_pretrained(
-            name, revision=options.model_revision, trust_remote_code=options.trust_remote_code
-        )
-        refuse_encoder_decoder(config, name)
         quantized = quantization_config(options, config, device, dtype)
         if quantized is not None:
             extra["quantization_config"] = quantized
@@ -71,6 +68,24 @@ def load_model(options: ModelOptions, device: torch.device, *, trains_all_weight
             dtype=dtype,
             **extra,
         )
+
+
+def load_config(options: ModelOptions) -> Any:
+    """Load the base model's configuration alone.
+
+    Raises:
+        ModelError: no such folder, or no causal language model.
+        HubError: the name is no folder and the hub does not give it.
+    """
+    from transformers import AutoConfig
+
+    name = _required_name(options)
+    with _loading(name, "model"):
+        config = AutoConfig.from_pretrained(
+            name, revision=options.model_revision, trust_remote_code=options.trust_remote_code
+        )
+        refuse_encoder_decoder(config, name)
+        return config
 
 
 def load_tokenizer(options: ModelOptions) -> Any:

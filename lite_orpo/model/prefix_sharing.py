@@ -81,6 +81,11 @@ def decide_prefix_sharing(
     return PrefixSharing(True, "proved exact on this model", name)
 
 
+def static_refusal(model: Any, max_length: int | None) -> str | None:
+    """The first reason of the static rule against packed rows, None where it has none."""
+    return next(_static_reasons(model, innermost_causal_lm(model), max_length), None)
+
+
 def _varlen_reasons(causal_lm: Any) -> Iterator[str]:
     refusal = tree_attention.refuse_varlen(*computes_on(causal_lm))
     if refusal is not None:

@@ -168,3 +168,9 @@ def varlen_segments(spans: tuple[Span, ...], device: torch.device) -> VarlenSegm
         max(b - a for a, b in zip(queries, queries[1:], strict=False)),
         max(b - a for a, b in zip(keys, keys[1:], strict=False)),
     )
+
+
+def forget_layouts() -> None:
+    """Drop the index tensors that are kept; those of a trace have no data, and true ones do."""
+    for made in (pair_masks, buckets_of, varlen_segments):
+        made.cache_clear()

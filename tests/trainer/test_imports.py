@@ -20,6 +20,7 @@ RANK = {
     "lite_orpo.model": 3,
     "lite_orpo.metrics": 4,
     "lite_orpo.throughput": 4,
+    "lite_orpo.memory_plan": 4,
     "lite_orpo.out_of_memory": 4,
     "lite_orpo.ranks": 4,
     "lite_orpo.row_choice": 4,

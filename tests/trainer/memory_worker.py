@@ -1,0 +1,62 @@
+"""In a process of its own: what one training step takes beyond what was there before it, in MiB."""
+
+import json
+import resource
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent / "data")]
+
+import torch  # noqa: E402
+from tiny_models import tiny_model, trainer_for, with_lora  # noqa: E402
+
+PROMPT, COMPLETION = 120, 60
+
+
+def rows(count: int) -> list[dict[str, str]]:
+    """Pairs of about 250 tokens (a character each)."""
+    return [
+        {
+            "prompt": "p" * PROMPT,
+            "chosen": "c" * COMPLETION + f"{i:04d}",
+            "rejected": "r" * COMPLETION + f"{i:04d}",
+        }
+        for i in range(count)
+    ]
+
+
+def resident_mib() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 2**20
+
+
+def peak_mib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def main() -> None:
+    """Arguments: family, its settings and the trainer's as JSON, a folder."""
+    family, model_settings, settings, folder = sys.argv[1:]
+    torch.set_num_threads(1)
+    model = with_lora(tiny_model(family, **json.loads(model_settings)), r=16)
+    trainer = trainer_for(model, folder, rows(8), **json.loads(settings))
+    pairs = list(trainer.train_dataset)
+    if trainer.args.is_checkpointing:  # which Trainer turns on in train() only
+        trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def step(batch: list) -> None:
+        entries, _ = trainer.get_batch_samples(iter([{"pairs": batch}]), 1, trainer.args.device)
+        trainer.training_step(trainer.model, entries[-1])
+
+    short = {**pairs[0]}
+    for column in ("prompt_input_ids", "chosen_input_ids", "rejected_input_ids"):
+        short[column] = short[column][:3]
+    step([short])  # what a first step loads and allocates for good, gradients included
+    before = resident_mib()
+    step(pairs)
+    print(json.dumps({"before": before, "extra": peak_mib() - before}))
+
+
+if __name__ == "__main__":
+    main()
