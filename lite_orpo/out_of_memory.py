@@ -8,11 +8,13 @@ the pairs of the step are planned anew. The effective batch stays what it was.
 import gc
 import logging
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
+import numpy
 import torch
 
+from .allocator_failure import is_out_of_memory
 from .data.row_batch import RowBatch
 from .errors import OutOfMemory
 
@@ -20,24 +22,25 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocator gave up (on a CPU that is a plain RuntimeError, or Python's own)."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and any(
-        sign in text
-        for sign in ("can't allocate memory", "not enough memory", "MPS backend out of memory")
-    )
+class _Watched(list[RowBatch]):
+    """A plan that remembers which of its rows was taken last."""
+
+    last: RowBatch | None = None
+
+    def __iter__(self) -> Iterator[RowBatch]:
+        for row in super().__iter__():
+            self.last = row
+            yield row
 
 
 class RowRoom:
     """Tokens that a row may have. They shrink where memory runs out, and stay so."""
 
-    def __init__(self, max_tokens: int, of_what: str, ranks: int) -> None:
+    def __init__(self, max_tokens: int, of_what: str, ranks: int, remedy: str) -> None:
         self.max_tokens = max_tokens
         self._of_what = of_what
         self._ranks = ranks
+        self._remedy = remedy
 
     def limit(self, max_tokens: int) -> None:
         """Allow no more than this from now on."""
@@ -65,30 +68,36 @@ class RowRoom:
         """
         before = RandomState.now()
         while True:
+            watched = _Watched(rows)
             try:
-                return attempt(rows), rows
+                return attempt(watched), rows
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
             # Here, where nothing holds the failed attempt's tensors through its traceback.
-            self._shrink(rows)
+            self._shrink(rows, watched.last)
+            del watched
             rows = []
             give_memory_back()
             before.put_back()
             rows = plan_again()
 
-    def _shrink(self, rows: Sequence[RowBatch]) -> None:
-        longest = max(int(row.inputs["input_ids"].numel()) for row in rows)
+    def _shrink(self, rows: Sequence[RowBatch], failed: RowBatch | None) -> None:
+        longest = max(_positions(row) for row in rows)
         if self._ranks > 1:
             raise OutOfMemory(
                 f"out of memory in {self._of_what} with rows of up to {longest:,} tokens, on one "
                 f"of {self._ranks} ranks, which cannot take it again alone; lower "
                 "max_tokens_per_row"
             )
-        if all(row.pair_count == 1 for row in rows):
+        # A short row may fail where longer ones have left too little; the longest cannot be cut.
+        is_longest_alone = (
+            failed is not None and failed.pair_count == 1 and _positions(failed) == longest
+        )
+        if is_longest_alone or all(row.pair_count == 1 for row in rows):
             raise OutOfMemory(
                 f"out of memory in {self._of_what} with a single pair of {longest:,} tokens in a "
-                "row; lower max_length, set gradient_checkpointing: true, or take a smaller model"
+                f"row; lower max_length, {self._remedy}, or take a smaller model"
             )
         self.max_tokens = max(min(self.max_tokens, longest) // 2, 1)
         logger.warning(
@@ -100,29 +109,43 @@ class RowRoom:
         )
 
 
+def _positions(row: RowBatch) -> int:
+    return int(row.inputs["input_ids"].numel())
+
+
 class RandomState(NamedTuple):
     """What dropout and the like draw from."""
 
     python: Any
+    numpy: Any
     cpu: torch.Tensor
     cuda: list[torch.Tensor]
+    mps: torch.Tensor | None
 
     @staticmethod
     def now() -> "RandomState":
         """The states at this moment."""
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-        return RandomState(random.getstate(), torch.random.get_rng_state(), cuda)
+        mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
+        cpu = torch.random.get_rng_state()
+        return RandomState(random.getstate(), numpy.random.get_state(), cpu, cuda, mps)
 
     def put_back(self) -> None:
         """Go on from here again."""
         random.setstate(self.python)
+        numpy.random.set_state(self.numpy)
         torch.random.set_rng_state(self.cpu)
         if self.cuda:
             torch.cuda.set_rng_state_all(self.cuda)
+        if self.mps is not None:
+            torch.mps.set_rng_state(self.mps)
 
 
 def give_memory_back() -> None:
     """Free what the failed attempt left to the garbage collector and to the allocator's cache."""
+    # A backward pass that failed in a recomputation leaves its unfinished tasks, with the tensors
+    # that they hold, in autograd's queue; the next backward pass of this thread clears it.
+    torch.ones(1, requires_grad=True).sum().backward()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -124,8 +124,9 @@ class ORPOTrainer(Trainer):
         )
         if hasattr(self.model, "add_model_tags"):
             self.model.add_model_tags(self._tag_names)
-        self._room = RowRoom(args.max_tokens_per_row, "a step", args.world_size)
-        self._evaluation_room = RowRoom(args.max_tokens_per_row, "the evaluation", args.world_size)
+        tokens, ranks = args.max_tokens_per_row, args.world_size
+        self._room = RowRoom(tokens, "a step", ranks, "set gradient_checkpointing: true")
+        self._evaluation_room = RowRoom(tokens, "the evaluation", ranks, "close other programs")
         self._train_parts = empty_parts(self.args.device)
         self._throughput = Throughput()
         self._eval_parts = empty_parts(self.args.device)
@@ -340,8 +341,7 @@ class ORPOTrainer(Trainer):
         super().log(logs, start_time)
 
     def _sum_over_ranks(self, values: Tensor) -> Tensor:
-        total: Tensor = self.accelerator.reduce(values, reduction="sum")
-        return total
+        return self.accelerator.reduce(values, reduction="sum")
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Save model and tokenizer, without Trainer's pickled arguments (they hold the token)."""

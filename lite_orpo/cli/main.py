@@ -104,6 +104,18 @@ def run() -> None:
     except UserError as error:
         print(f"lite-orpo: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except Exception as error:
+        from ..allocator_failure import is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        # Outside a step's rows, where there is nothing to make smaller.
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        print(
+            f"lite-orpo: error: out of memory ({reason}); `lite-orpo plan` shows what takes it",
+            file=sys.stderr,
+        )
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,11 @@ def print_start(
     trainable, total = parameters
     args = config.training
     device = model_device(trainer.model)
-    dtype = str(next(trainer.model.parameters()).dtype).removeprefix("torch.")
+    dtype = str(trainer.model.get_input_embeddings().weight.dtype).removeprefix("torch.")
+    if getattr(trainer.model, "is_loaded_in_4bit", False):
+        dtype += ", linear layers in 4 bits"
+    elif getattr(trainer.model, "is_loaded_in_8bit", False):
+        dtype += ", linear layers in 8 bits"
     backend = select_backend(device, args.loss_backend)
     head = f"fused ({backend.name})" if trainer.head.is_fused else "full logits"
     pairs = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size

@@ -30,9 +30,12 @@ def gpu_has_bf16() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
+_OTHERS_OF_BITSANDBYTES = {"ademamix", "lion_32bit", "rmsprop_bnb", "rmsprop_bnb_32bit"}
+
+
 def _is_of_bitsandbytes(optim: str) -> bool:
     is_8bit = optim.endswith("8bit") and not optim.startswith(("adamw_torch", "galore"))
-    return is_8bit or optim.startswith("paged_") or optim in ("ademamix", "lion_32bit")
+    return is_8bit or optim.startswith("paged_") or optim in _OTHERS_OF_BITSANDBYTES
 
 
 def _is_number(value: Any) -> bool:

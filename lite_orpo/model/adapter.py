@@ -1,6 +1,7 @@
 """The LoRA adapter: which layers it sits on, and what a trainer must refuse or arrange for it."""
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -94,8 +95,12 @@ def wrap_with_adapter(model: Any, peft_config: Any) -> Any:
             raise ModelError(f"modules_to_save: {type(model).__name__} has no module {wanted!r}")
     try:
         return get_peft_model(model, peft_config)
-    except ValueError as error:
-        raise ModelError(f"the adapter does not fit {type(model).__name__}: {error}") from None
+    except (ValueError, TypeError, RuntimeError) as error:
+        first_line = (str(error) or type(error).__name__).splitlines()[0]
+        quantised = " with quantised weights" if getattr(model, "is_quantized", False) else ""
+        raise ModelError(
+            f"the adapter does not fit {type(model).__name__}{quantised}: {first_line}"
+        ) from None
 
 
 def refuse_virtual_tokens(peft_config: Any) -> None:
@@ -118,9 +123,14 @@ def adapter_switched_off(model: Any) -> Iterator[None]:
 
 
 def trainable_parameters(model: nn.Module) -> tuple[int, int]:
-    """Count of trainable parameters, and of all."""
-    counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    """Count of trainable parameters, and of all; 4-bit weights count as many as they stand for."""
+    counts = [(_weights_in(p), p.requires_grad) for p in model.parameters()]
     return sum(n for n, trains in counts if trains), sum(n for n, _ in counts)
+
+
+def _weights_in(parameter: nn.Parameter) -> int:
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else math.prod(state.shape)
 
 
 def model_device(model: nn.Module) -> torch.device:

@@ -55,7 +55,13 @@ def parts_of_head(head: Any) -> HeadParts | None:
         return parts_of_head(head.modules_to_save[head.active_adapters[0]])
     if hasattr(head, "lora_A") and hasattr(head, "base_layer"):
         return _parts_of_lora(head)
-    is_plain = isinstance(head, nn.Linear) and head.weight.is_floating_point()
+    # A quantised head may store its bits in a floating dtype; its shape gives it away.
+    is_plain = (
+        isinstance(head, nn.Linear)
+        and head.weight.is_floating_point()
+        and head.weight.shape == (head.out_features, head.in_features)
+        and not hasattr(head.weight, "quant_state")
+    )
     return HeadParts(head, ()) if is_plain else None
 
 

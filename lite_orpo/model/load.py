@@ -48,6 +48,9 @@ def load_model(options: ModelOptions, device: torch.device, *, trains_all_weight
     from transformers import AutoModelForCausalLM
 
     name = _required_name(options)
+    if trains_all_weights and (options.load_in_4bit or options.load_in_8bit):
+        asked = "load_in_4bit" if options.load_in_4bit else "load_in_8bit"
+        raise ModelError(f"{asked}: quantised weights cannot train themselves; set use_peft: true")
     config = load_config(options)
     extra: dict[str, Any] = {}
     if options.attn_implementation is not None:

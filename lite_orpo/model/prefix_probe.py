@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..allocator_failure import is_out_of_memory
 from ..data.padded_rows import padded_row_batch
 from ..data.row_batch import PlannedPair, RowBatch
 from ..data.tree_rows import tree_row_batch
@@ -42,6 +43,8 @@ def why_not_exact(model: Any, causal_lm: Any, attention: str) -> str | None:
     try:
         return _Probe(model, causal_lm, attention).reason()
     except Exception as error:  # noqa: BLE001 (whatever the architecture's code raises)
+        if is_out_of_memory(error):
+            raise
         first_line = (str(error) or type(error).__name__).splitlines()[0]
         return f"it does not run on packed rows ({first_line})"
 

@@ -46,8 +46,11 @@ def quantization_config(
     missing = why_no_bitsandbytes(device)
     method = quantization_method(model_config)
     if method is not None:
-        if method != "bitsandbytes" and is_asked:
-            raise ModelError(f"{asked}: the checkpoint is quantised already, by {method}")
+        if is_asked and asked not in _ways_of(model_config):
+            raise ModelError(
+                f"{asked}: the checkpoint is quantised already, in another way ({method}); leave "
+                "it out"
+            )
         if method == "bitsandbytes" and missing is not None:
             raise ModelError(f"the checkpoint is quantised by bitsandbytes, but {missing}")
         return None
@@ -64,6 +67,8 @@ def quantization_config(
     from transformers import BitsAndBytesConfig
 
     if options.load_in_8bit:
+        # It says at every product that it converts the dtype.
+        logging.getLogger("bitsandbytes.autograd._functions").addFilter(_Once())
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
         load_in_4bit=True,
@@ -78,8 +83,33 @@ def quantization_method(model_config: Any) -> str | None:
     found = getattr(model_config, "quantization_config", None)
     if found is None:
         return None
-    method = found.get("quant_method") if isinstance(found, dict) else found.quant_method
+    method = _entry(found, "quant_method")
+    if method is None:  # as bitsandbytes' checkpoints once were
+        return "bitsandbytes" if _ways_of(model_config) else "an unknown method"
     return str(getattr(method, "value", method))
+
+
+def _ways_of(model_config: Any) -> set[str]:
+    found = getattr(model_config, "quantization_config", None)
+    return {way for way in ("load_in_4bit", "load_in_8bit") if _entry(found, way)}
+
+
+def _entry(config: Any, name: str) -> Any:
+    return config.get(name) if isinstance(config, dict) else getattr(config, name, None)
+
+
+class _Once(logging.Filter):
+    """Lets a message through the first time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        is_new = message not in self._seen
+        self._seen.add(message)
+        return is_new
 
 
 def why_no_bitsandbytes(device: torch.device) -> str | None:
@@ -152,6 +182,10 @@ def keep_gradients_on_cpu(model: Any) -> None:
                     "format, which passes no gradients; load the model again and give it to the "
                     "trainer first"
                 ) from None
-            weight.data, weight.quant_state = _convert_weight_packed_for_cpu_inverse(
-                weight.data, weight.quant_state
-            )
+            state = weight.quant_state
+            was_nested = getattr(state, "original_nested", False)
+            weight.data, state = _convert_weight_packed_for_cpu_inverse(weight.data, state)
+            if not was_nested:
+                # bitsandbytes puts nested scales back, but leaves plain ones as it packed them.
+                state.absmax = state.absmax.T.reshape(-1).float().contiguous()
+            weight.quant_state = state

@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RANK = {
     "lite_orpo_kernels": 0,
     "lite_orpo.errors": 0,
+    "lite_orpo.allocator_failure": 0,
     "lite_orpo.offline_bitsandbytes": 0,
     "lite_orpo.loss": 1,
     "lite_orpo.config": 1,

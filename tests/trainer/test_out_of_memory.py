@@ -18,8 +18,9 @@ from tiny_models import (
     with_lora,
 )
 
+from lite_orpo.allocator_failure import is_out_of_memory
 from lite_orpo.errors import OutOfMemory
-from lite_orpo.out_of_memory import RandomState, RowRoom, is_out_of_memory
+from lite_orpo.out_of_memory import RandomState, RowRoom
 
 PAIRS = 6
 CPU_ALLOCATOR = (
@@ -150,7 +151,7 @@ def test_a_single_pair_that_does_not_fit_stops_with_one_line(tmp_path):
 
 
 def test_several_ranks_stop_with_one_line():
-    room = RowRoom(100, "a step", ranks=2)
+    room = RowRoom(100, "a step", ranks=2, remedy="")
     rows = [_row(2, 90)]
     with pytest.raises(OutOfMemory, match="one of 2 ranks, .*; lower max_tokens_per_row"):
         room.make(rows, _failing(99), lambda: rows)
@@ -166,6 +167,8 @@ def _failing(times):
     left = [times]
 
     def attempt(rows):
+        for _ in rows:
+            break  # it fails at the first row
         if left[0] > 0:
             left[0] -= 1
             raise torch.OutOfMemoryError("injected")
@@ -175,7 +178,7 @@ def _failing(times):
 
 
 def test_rows_are_halved_until_they_fit():
-    room = RowRoom(4096, "a step", ranks=1)
+    room = RowRoom(4096, "a step", ranks=1, remedy="wait")
     planned = []
 
     def plan_again():
@@ -188,8 +191,16 @@ def test_rows_are_halved_until_they_fit():
     assert rows[0].inputs["input_ids"].numel() == 375
 
 
+def test_a_single_pair_that_fails_beside_longer_rows_stops_at_once(caplog):
+    room = RowRoom(4096, "a step", ranks=1, remedy="wait")
+    with pytest.raises(OutOfMemory, match="single pair of 3,000 tokens in a row; .* wait,"):
+        room.make([_row(1, 3000), _row(9, 2000)], _failing(9), list)
+    assert room.max_tokens == 4096
+    assert not caplog.records
+
+
 def test_what_is_no_lack_of_memory_is_raised_as_it_is():
-    room = RowRoom(4096, "a step", ranks=1)
+    room = RowRoom(4096, "a step", ranks=1, remedy="wait")
 
     def attempt(rows):
         raise RuntimeError("shapes cannot be multiplied")
@@ -199,6 +210,12 @@ def test_what_is_no_lack_of_memory_is_raised_as_it_is():
     assert room.max_tokens == 4096
 
 
+def _caused_by(cause):
+    error = KeyError("somewhere")
+    error.__cause__ = cause
+    return error
+
+
 @pytest.mark.parametrize(
     ("error", "is_it"),
     [
@@ -206,6 +223,10 @@ def test_what_is_no_lack_of_memory_is_raised_as_it_is():
         (RuntimeError(CPU_ALLOCATOR), True),
         (RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"), True),
         (MemoryError(), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), True),
+        (_caused_by(torch.OutOfMemoryError("injected")), True),
+        (_caused_by(ValueError("shape")), False),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
         (ValueError("can't allocate memory"), False),
     ],
@@ -222,6 +243,17 @@ def test_random_states_come_back():
     again = random.random(), torch.rand(2)
     assert first[0] == again[0]
     assert torch.equal(first[1], again[1])
+
+
+def test_the_probe_does_not_take_it_for_the_models_fault(tmp_path, monkeypatch):
+    from lite_orpo.model import prefix_probe
+
+    def failing(*args, **kwargs):
+        raise torch.OutOfMemoryError("injected")
+
+    monkeypatch.setattr(prefix_probe, "_Probe", failing)
+    with pytest.raises(torch.OutOfMemoryError):
+        make_trainer(tmp_path)
 
 
 def test_in_an_evaluation_only_the_evaluation_shrinks(tmp_path):

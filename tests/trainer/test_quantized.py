@@ -33,7 +33,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("base")
-    model = tiny_model(hidden_size=64, intermediate_size=128, head_dim=16)
+    model = tiny_model(hidden_size=128, intermediate_size=256, head_dim=32)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(0.5)
@@ -185,11 +185,12 @@ def test_an_adapter_trained_on_a_4_bit_base_fits_the_16_bit_base(folder, tmp_pat
     assert (on_16_bit - bases[1]).std() > 2 * (on_4_bit - on_16_bit).std()
 
 
-def test_a_model_that_was_evaluated_before_still_passes_gradients(folder, tmp_path):
+@pytest.mark.parametrize("nested", [True, False], ids=["nested", "plain"])
+def test_a_model_that_was_evaluated_before_still_passes_gradients(nested, folder, tmp_path):
     """On CPUs with AVX512-BF16 bitsandbytes repacks it then, into a format without a backward."""
     found = []
     for is_used_before in (False, True):
-        model = load(folder, load_in_4bit=True)
+        model = load(folder, load_in_4bit=True, use_bnb_nested_quant=nested)
         if is_used_before:
             with torch.no_grad():
                 model.eval()(torch.tensor([[7, 8, 9]]))
@@ -234,6 +235,45 @@ def test_4_bit_without_an_adapter_is_refused_in_one_line(folder, tmp_path):
         trainer_for(load(folder, load_in_4bit=True), tmp_path)
     assert "the base weights are quantised (bitsandbytes)" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_quantised_weights_without_an_adapter_are_refused_before_anything_is_loaded(folder):
+    options = ModelOptions(model_name_or_path=str(folder), load_in_4bit=True)
+    with pytest.raises(ModelError, match="load_in_4bit: .* set use_peft: true"):
+        load_model(options, CPU, trains_all_weights=True)
+
+
+def test_a_checkpoint_that_is_quantised_in_another_way_is_refused(folder, tmp_path):
+    load(folder, load_in_8bit=True).save_pretrained(tmp_path / "8bit")
+    assert linears_of(load(tmp_path / "8bit", load_in_8bit=True)) == {"Linear8bitLt"}
+    with pytest.raises(ModelError, match="quantised already, in another way .bitsandbytes."):
+        load(tmp_path / "8bit", load_in_4bit=True)
+
+
+def test_a_quantised_layer_cannot_be_trained_in_full_and_says_so(folder, tmp_path):
+    config = LoraConfig(target_modules=["q_proj"], modules_to_save=["down_proj"])
+    with pytest.raises(ModelError, match="does not fit LlamaForCausalLM with quantised weights"):
+        trainer_for(load(folder, load_in_4bit=True), tmp_path, peft_config=config)
+
+
+def test_a_quantised_head_keeps_full_logits(folder, tmp_path):
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, llm_int8_skip_modules=[], bnb_4bit_quant_storage=torch.float32
+    )
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
+    if type(model.lm_head).__name__ != "Linear4bit":
+        pytest.skip("this transformers never quantises a head")
+    trainer = trainer_for(adapted(model), tmp_path)
+    assert not trainer.head.is_fused
+
+
+def test_4_bit_weights_are_counted_as_what_they_stand_for(folder):
+    from lite_orpo.model.adapter import trainable_parameters
+
+    full, quantised = load(folder), load(folder, load_in_4bit=True)
+    assert trainable_parameters(quantised)[1] == trainable_parameters(full)[1]
 
 
 def test_4_and_8_bits_at_once_are_refused(folder):
