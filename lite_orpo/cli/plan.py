@@ -64,7 +64,7 @@ def show_plan(path: Path, overrides: dict[str, Setting], vram: float | None) -> 
     if limit is None:
         console.print("Give --vram GIB to see whether it fits on a card.")
         return
-    needed = _on_the_card(plan)
+    needed = on_the_card(plan)
     if needed <= limit:
         console.print(
             Text(f"Fits in {limit / GIB:g} GiB, with {(limit - needed) / GIB:.1f} GiB to spare "
@@ -128,7 +128,8 @@ def _limit(vram: float | None, device: torch.device) -> float | None:
     return None
 
 
-def _on_the_card(plan: MemoryPlan) -> float:
+def on_the_card(plan: MemoryPlan) -> float:
+    """Bytes of a card that the plan needs, with what CUDA and its allocator take for themselves."""
     return plan.total * FRAGMENTATION + CONTEXT_BYTES
 
 
@@ -153,11 +154,11 @@ def _print_advice(
     console: Console, config: RunConfig, pairs: Any, device: torch.device, limit: float
 ) -> None:
     console.print("What to change, least harm first, each with those above it:")
-    before = _on_the_card(_plan(config, pairs, device)[0])
+    before = on_the_card(_plan(config, pairs, device)[0])
     for change in _changes(config, pairs):
         with console.status(f"Trying {change.text}"):
             plan, _ = _plan(change.config, pairs, device)
-        needed = _on_the_card(plan)
+        needed = on_the_card(plan)
         if needed > 0.98 * before:
             continue  # not worth what it costs
         before = needed

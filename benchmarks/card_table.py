@@ -1,0 +1,97 @@
+"""What Llama-shaped models of three sizes take on a GPU, computed by `lite-orpo plan`'s own count.
+
+Nothing is measured here: weights, adapter, optimiser and one packed row of pairs (256 + 128 + 128
+tokens) through the models' layers without data, bf16 autocast, LoRA r=16 on all linear layers,
+activation checkpointing, 8-bit AdamW. "On the card" adds 0.5 GiB for CUDA's own and 5 % for the
+allocator.
+"""
+
+import argparse
+import tempfile
+from typing import Any
+
+import torch
+from protocol import note, print_table
+
+from lite_orpo.cli.plan import GIB, on_the_card
+from lite_orpo.config.options import LoraOptions, ModelOptions
+from lite_orpo.config.orpo_config import ORPOConfig
+from lite_orpo.data.row_batch import PlannedPair
+from lite_orpo.data.tree_rows import tree_row_batch
+from lite_orpo.memory_plan import MemoryPlan, plan_memory
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "1B": {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "tie_word_embeddings": True,
+    },
+    "3B": {
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 24,
+        "tie_word_embeddings": True,
+    },
+    "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32},
+}
+COMMON = {
+    "vocab_size": 128_256,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": False,
+}
+PAIR = PlannedPair([1] * 256, [2] * 128, [3] * 128, is_scored=True)
+CARDS = (6, 8, 12, 16, 24, 48)
+
+
+def plan_of(shape: str, bits: int, tokens: int) -> MemoryPlan:
+    """The plan of one model, in 4 or 16 bits, with rows of so many tokens."""
+    from transformers import LlamaConfig
+
+    with tempfile.TemporaryDirectory() as folder:
+        LlamaConfig(**{**COMMON, **SHAPES[shape]}).save_pretrained(folder)
+        args = ORPOConfig(
+            output_dir=folder, use_cpu=True, bf16=True, gradient_checkpointing=True,
+            optim="paged_adamw_8bit", report_to="none",
+        )  # fmt: skip
+        row = tree_row_batch([PAIR] * (tokens // PAIR.tree_tokens), nll_on_prompt=True)
+        options = ModelOptions(model_name_or_path=folder, dtype="bfloat16", load_in_4bit=bits == 4)
+        return plan_memory(options, LoraOptions(), args, row, torch.device("cuda"))
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--tokens", type=int, nargs="*", default=[2048, 4096, 8192])
+    options = parser.parse_args()
+    lines = []
+    for shape in SHAPES:
+        for bits in (4, 16):
+            for tokens in options.tokens:
+                note(f"{shape}, {bits} bits, {tokens} tokens")
+                plan = plan_of(shape, bits, tokens)
+                needed = on_the_card(plan) / GIB
+                fits = next((f"{card} GiB" for card in CARDS if needed <= card), "more")
+                lines.append(
+                    [
+                        shape,
+                        str(bits),
+                        f"{tokens:,}",
+                        f"{plan.rest / GIB:.1f}",
+                        f"{plan.step / GIB:.1f}",
+                        f"{needed:.1f}",
+                        fits,
+                    ]
+                )
+    print_table(
+        "Computed, not measured: GiB",
+        ["model", "bits", "tokens a row", "stays", "a step", "on the card", "fits"],
+        lines,
+    )
+
+
+if __name__ == "__main__":
+    main()
