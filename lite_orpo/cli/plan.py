@@ -17,7 +17,7 @@ from rich.text import Text
 from ..config.run_config import RunConfig, load_run_config
 from ..config.yaml_file import Setting
 from ..data.preparation import LengthRule, prepare_pairs
-from ..data.row_batch import RowBatch
+from ..data.row_batch import PlannedPair, RowBatch
 from ..data.step_plan import RowPlanner
 from ..errors import ConfigError
 from ..memory_plan import MemoryPlan, may_share_prefixes, plan_memory
@@ -176,7 +176,11 @@ def _changes(config: RunConfig, pairs: Any) -> Iterator[_Change]:
     if not args.is_checkpointing:
         config = config._replace(training=_with(args, gradient_checkpointing=True))
         yield _Change("gradient_checkpointing: true (a third more time)", config)
-    longest = max(_positions(RowPlanner(0, "completion", 1, True).plan([p])[0]) for p in pairs)
+    planned = [PlannedPair.of(pair) for pair in pairs]
+    if may_share_prefixes(config.model, config.lora, args):
+        longest = max(pair.tree_tokens for pair in planned)
+    else:
+        longest = max(2 * pair.longest for pair in planned)
     tokens = args.max_tokens_per_row
     while tokens > longest:
         tokens = max(tokens // 2, longest)
