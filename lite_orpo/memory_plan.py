@@ -23,6 +23,7 @@ from .model.head import backbone_of, innermost_causal_lm
 from .model.load import load_config, weight_dtype
 from .model.memory_trace import TrunkMemory, fake_weights, trace_trunk
 from .model.prefix_sharing import static_refusal
+from .model.quantization import refuse_contradictions
 from .model.tree_attention import TREE_SDPA, attention_of_trees, register_tree_attention
 
 # The PyTorch backend takes no more of its workspace on a CPU (lite_orpo_kernels.chunked).
@@ -74,6 +75,7 @@ def plan_memory(
     Raises:
         ModelError: the configuration cannot be read, or the model cannot be traced.
     """
+    refuse_contradictions(model_options, trains_all_weights=not lora_options.use_peft)
     model, dtype = _meta_model(model_options, lora_options, args, device)
     weights = _weights(model, model_options)
     trained = [p for p in model.parameters() if p.requires_grad]

@@ -10,7 +10,7 @@ import torch
 from ..config.options import ModelOptions
 from ..config.orpo_config import gpu_has_bf16
 from ..errors import HubError, ModelError
-from .quantization import quantization_config, quantization_method
+from .quantization import quantization_config, quantization_method, refuse_contradictions
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -48,9 +48,7 @@ def load_model(options: ModelOptions, device: torch.device, *, trains_all_weight
     from transformers import AutoModelForCausalLM
 
     name = _required_name(options)
-    if trains_all_weights and (options.load_in_4bit or options.load_in_8bit):
-        asked = "load_in_4bit" if options.load_in_4bit else "load_in_8bit"
-        raise ModelError(f"{asked}: quantised weights cannot train themselves; set use_peft: true")
+    refuse_contradictions(options, trains_all_weights=trains_all_weights)
     config = load_config(options)
     extra: dict[str, Any] = {}
     if options.attn_implementation is not None:

@@ -17,6 +17,23 @@ from ..errors import ModelError
 logger = logging.getLogger(__name__)
 
 
+def refuse_contradictions(options: ModelOptions, *, trains_all_weights: bool) -> None:
+    """Refuse options that contradict each other, before anything is loaded.
+
+    Raises:
+        ModelError: see above.
+    """
+    if options.load_in_4bit and options.load_in_8bit:
+        raise ModelError("load_in_4bit and load_in_8bit are both set; choose one")
+    if options.bnb_4bit_quant_type not in ("nf4", "fp4"):
+        raise ModelError(
+            f"bnb_4bit_quant_type must be nf4 or fp4, found {options.bnb_4bit_quant_type!r}"
+        )
+    if trains_all_weights and (options.load_in_4bit or options.load_in_8bit):
+        asked = "load_in_4bit" if options.load_in_4bit else "load_in_8bit"
+        raise ModelError(f"{asked}: quantised weights cannot train themselves; set use_peft: true")
+
+
 def quantization_config(
     options: ModelOptions, model_config: Any, device: torch.device, dtype: torch.dtype
 ) -> Any:
@@ -33,14 +50,8 @@ def quantization_config(
         this device has no bitsandbytes: then the model is loaded in `dtype`.
 
     Raises:
-        ModelError: contradicting options, or a checkpoint that is quantised and cannot run here.
+        ModelError: a checkpoint that is quantised in another way, or cannot run here.
     """
-    if options.load_in_4bit and options.load_in_8bit:
-        raise ModelError("load_in_4bit and load_in_8bit are both set; choose one")
-    if options.bnb_4bit_quant_type not in ("nf4", "fp4"):
-        raise ModelError(
-            f"bnb_4bit_quant_type must be nf4 or fp4, found {options.bnb_4bit_quant_type!r}"
-        )
     asked = "load_in_4bit" if options.load_in_4bit else "load_in_8bit"
     is_asked = options.load_in_4bit or options.load_in_8bit
     missing = why_no_bitsandbytes(device)

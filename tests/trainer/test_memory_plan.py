@@ -158,6 +158,13 @@ def test_a_model_that_cannot_be_traced_is_refused_in_one_line(tmp_path, monkeypa
     assert "\n" not in str(caught.value)
 
 
+def test_what_cannot_be_loaded_cannot_be_planned(tmp_path):
+    tiny_model("llama").config.save_pretrained(tmp_path)
+    options = ModelOptions(model_name_or_path=str(tmp_path), load_in_4bit=True)
+    with pytest.raises(ModelError, match="load_in_4bit: .* set use_peft: true"):
+        plan_memory(options, LoraOptions(use_peft=False), quiet_config(tmp_path), None, CPU)
+
+
 # ---- the command ----
 
 
