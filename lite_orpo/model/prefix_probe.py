@@ -177,7 +177,9 @@ class _Probe:
             try:
                 with attention_of_trees(self.causal_lm, other):
                     again = self._log_probs(self.separate)
-            except Exception:  # noqa: BLE001, S112 (not every model has both)
+            except Exception as error:  # noqa: BLE001 (not every model has both)
+                if is_out_of_memory(error):
+                    raise
                 continue
             found = max(found, _root_mean_square(again - expected))
         # Where both happen to agree, the rounding of the dtype that it computes in remains.

@@ -2,7 +2,10 @@
 
 from typing import Any
 
-from tiny_models import TOKENIZER, tiny_model
+from tiny_models import TOKENIZER, plain_rows, tiny_model
+
+from lite_orpo.model.head import attach_scored_head
+from lite_orpo.model.prefix_sharing import PrefixSharing, decide_prefix_sharing
 
 WINDOW = {"sliding_window": 8}
 _THREE_TO_ONE = {"layer_types": ["sliding_attention"] * 3 + ["full_attention"]}
@@ -188,3 +191,19 @@ def refused_model(family: str) -> Any:
     """A model on which they are not."""
     name, own, *_ = REFUSED[family]
     return tiny_model(name, **own)
+
+
+def decide(model: Any, **settings: Any) -> PrefixSharing:
+    """The decision for a model, its scored head attached for it."""
+    head = attach_scored_head(model, backend="auto", workspace_bytes=2**20, device="cpu")
+    head.verify()
+    options = {"attention": "sdpa", "max_length": 64, **settings}
+    return decide_prefix_sharing(model, **options)
+
+
+def longer_rows(count: int) -> list[dict[str, str]]:
+    """Prompts and completions beyond the families' windows of 8."""
+    return [
+        {**row, "prompt": row["prompt"] + "and then some more " * (i % 3)}
+        for i, row in enumerate(plain_rows(count))
+    ]
