@@ -7,7 +7,7 @@ from their sizes. Bytes throughout.
 Legend: T tokens of a row, M scored positions, D hidden size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -18,10 +18,10 @@ from .config.options import LoraOptions, ModelOptions
 from .config.orpo_config import ORPOConfig
 from .data.row_batch import RowBatch
 from .errors import ModelError
-from .model.adapter import lora_config, wrap_with_adapter
 from .model.head import backbone_of, innermost_causal_lm
-from .model.load import load_config, weight_dtype
+from .model.host_memory import OFFLOADING_DEVICES, refuse_embedding_on_host
 from .model.memory_trace import TrunkMemory, fake_weights, trace_trunk
+from .model.meta_twin import MetaTwin, Storage, twin_of_options
 from .model.prefix_sharing import static_refusal
 from .model.quantization import refuse_contradictions
 from .model.tree_attention import TREE_SDPA, attention_of_trees, register_tree_attention
@@ -30,6 +30,8 @@ from .model.tree_attention import TREE_SDPA, attention_of_trees, register_tree_a
 CPU_WORKSPACE = 32 * 2**20
 # bitsandbytes: one scale for 64 weights; nested, a byte each and an fp32 one for 256 of them.
 _NF4_BLOCK, _NESTED_BLOCK = 64, 256
+# Their memory is the host's.
+_HOST_DEVICES = ("cpu", "mps")
 _OPTIMIZER_BYTES = {"adamw": 8.0, "adam": 8.0, "sgd": 0.0, "lion": 4.0, "adafactor": 0.1}
 
 
@@ -39,16 +41,25 @@ class MemoryItem(NamedTuple):
     name: str
     size: int
     note: str = ""
+    is_on_host: bool = False
+    """In the host's memory, where the device is another."""
 
 
 class MemoryPlan(NamedTuple):
-    """What a run takes."""
+    """What a run takes of its device's memory."""
 
     items: tuple[MemoryItem, ...]
-    rest: int
-    """Bytes that stay: weights, adapter, gradients, optimiser."""
+    weights: int
+    """Bytes of the base model and its adapter."""
+    training: int
+    """Bytes that stay from the first step on: gradients, optimiser."""
     step: int
     """Bytes of a step beyond them, at its highest."""
+
+    @property
+    def rest(self) -> int:
+        """Bytes that stay from step to step."""
+        return self.weights + self.training
 
     @property
     def total(self) -> int:
@@ -69,45 +80,94 @@ def plan_memory(
         model_options: which base model, and how it is loaded.
         lora_options: the adapter.
         args: training arguments.
-        row: the row that takes most, packed or padded.
-        device: where the run will be; decides on dtypes and autocast alone.
+        row: the row that takes most, packed or padded (`data.largest_row`).
+        device: where the run will be; decides on dtypes, workspace and what can be offloaded.
 
     Raises:
-        ModelError: the configuration cannot be read, or the model cannot be traced.
+        ModelError: the options contradict each other, the configuration cannot be read, or the
+            model cannot be traced.
     """
     refuse_contradictions(model_options, trains_all_weights=not lora_options.use_peft)
-    model, dtype = _meta_model(model_options, lora_options, args, device)
-    weights = _weights(model, model_options)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    adapter = 0 if not lora_options.use_peft else _bytes_of(trained)
-    gradients = _bytes_of(trained)
-    optimizer = int(_optimizer_bytes(args) * sum(p.numel() for p in trained))
-    trunk = _trace(model, args, row, dtype)
-    width = innermost_causal_lm(model).get_output_embeddings().weight.shape[1]
-    scored = int(row.score_index.numel())
-    # Rows that are scored, their gradient, and its direction before it is scaled.
+    twin = twin_of_options(model_options, lora_options, device, checkpointing=args.is_checkpointing)
+    return plan_of_twin(twin, args, row, device)
+
+
+def plan_of_twin(
+    twin: MetaTwin, args: ORPOConfig, row: RowBatch, device: torch.device
+) -> MemoryPlan:
+    """Count what a run takes that trains the model that this is a twin of.
+
+    Args:
+        twin: the model without data.
+        args: training arguments.
+        row: the row that takes most.
+        device: as in `plan_memory`.
+
+    Raises:
+        ModelError: the model cannot be traced, or cannot be as the arguments ask.
+    """
+    if args.offload_embedding:
+        refuse_embedding_on_host(twin.model)
+    offloads = args.activation_offloading and device.type in OFFLOADING_DEVICES
+    trunk = _trace(twin.model, args, row, offloads)
+    tokens = int(row.inputs["input_ids"].numel())
+    holds_embedding = device.type in _HOST_DEVICES or not args.offload_embedding
+    trained = [p for p in twin.model.parameters() if p.requires_grad]
+    adapter = _bytes_of(trained) if hasattr(twin.model, "peft_config") else 0
+    weights = (
+        *_weights(twin, embedding_on_host=not holds_embedding),
+        MemoryItem("adapter", adapter),
+    )
+    states = int(_optimizer_bytes(args) * sum(p.numel() for p in trained))
+    training = (
+        MemoryItem("gradients", _bytes_of(trained)),
+        MemoryItem("optimiser", states, _optim_name(args)),
+    )
     workspace = args.loss_workspace_mib * 2**20
     if device.type == "cpu":
         workspace = min(workspace, CPU_WORKSPACE)
-    head = workspace + 3 * scored * width * _hidden_size(args, dtype)
-    unpacked = _largest_linear(model, dtype) if _is_quantized(model_options) else 0
-    step = max(trunk.kept + head, trunk.peak + unpacked)
-    tokens = int(row.inputs["input_ids"].numel())
+    width = innermost_causal_lm(twin.model).get_output_embeddings().weight.shape[1]
+    # Rows that are scored, their gradient, and its direction before it is scaled.
+    head = workspace + 3 * int(row.score_index.numel()) * width * _hidden_bytes(args, twin.dtype)
+    unpacked = _largest_linear(twin) if twin.linears.bits is not None else 0
+    in_work = max(trunk.peak - trunk.kept, 0) + unpacked
+    kept = f"{tokens:,} tokens, checkpointing {'on' if args.is_checkpointing else 'off'}"
     items = (
         *weights,
-        MemoryItem("adapter", adapter, "fp32" if adapter else ""),
-        MemoryItem("gradients", gradients),
-        MemoryItem("optimiser", optimizer, _optim_name(args)),
-        MemoryItem(
-            "kept for the backward pass",
-            trunk.kept,
-            f"{tokens:,} tokens, checkpointing {'on' if args.is_checkpointing else 'off'}",
-        ),
-        MemoryItem("work of the largest layer", max(trunk.peak - trunk.kept, 0) + unpacked),
+        *training,
+        MemoryItem("kept for the backward pass", trunk.kept, kept),
+        MemoryItem("moved to the host", trunk.on_host, "", is_on_host=True),
+        MemoryItem("work of the largest layer", in_work),
         MemoryItem("head and loss", head, f"workspace {workspace // 2**20} MiB"),
     )
-    rest = sum(item.size for item in weights) + adapter + gradients + optimizer
-    return MemoryPlan(items, rest, step)
+    return MemoryPlan(
+        tuple(item for item in items if item.size or not item.is_on_host),
+        _on_device(weights),
+        _on_device(training),
+        step=max(trunk.kept + head, trunk.peak + unpacked),
+    )
+
+
+def row_tokens_that_fit(
+    plan_for: Callable[[int], MemoryPlan], fits: Callable[[MemoryPlan], bool], most: int, least: int
+) -> tuple[int, MemoryPlan]:
+    """Choose `max_tokens_per_row`: the most of `most`, half of it, a quarter ..., that fits.
+
+    Args:
+        plan_for: the plan with so many tokens in a row.
+        fits: whether there is room for it.
+        most: to begin with.
+        least: where halving ends, because a single pair takes as much.
+
+    Returns:
+        The tokens and their plan; where nothing fits, those of the least.
+    """
+    tokens = most
+    while True:
+        plan = plan_for(tokens)
+        if fits(plan) or tokens <= least:
+            return tokens, plan
+        tokens = max(tokens // 2, least)
 
 
 def may_share_prefixes(
@@ -116,31 +176,15 @@ def may_share_prefixes(
     """Whether packed rows are to be expected: the static rule alone, no probe."""
     if args.prefix_sharing == "off" or args.torch_compile:
         return False
-    model, _ = _meta_model(model_options, lora_options, args, torch.device("cpu"))
-    return static_refusal(model, args.max_length) is None
+    twin = twin_of_options(model_options, lora_options, torch.device("cpu"), checkpointing=False)
+    return static_refusal(twin.model, args.max_length) is None
 
 
-def _meta_model(
-    options: ModelOptions, lora: LoraOptions, args: ORPOConfig, device: torch.device
-) -> tuple[Any, torch.dtype]:
-    from transformers import AutoModelForCausalLM
-
-    dtype = weight_dtype(options.dtype, device, trains_all_weights=not lora.use_peft)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(load_config(options), dtype=dtype)
-        adapter = lora_config(lora)
-        if adapter is not None:
-            model = wrap_with_adapter(model, adapter)
-    if args.is_checkpointing:
-        causal_lm = innermost_causal_lm(model)
-        causal_lm.gradient_checkpointing_enable(
-            gradient_checkpointing_kwargs={"use_reentrant": False}
-        )
-        causal_lm.enable_input_require_grads()
-    return model.train(), dtype
+def _on_device(items: Sequence[MemoryItem]) -> int:
+    return sum(item.size for item in items if not item.is_on_host)
 
 
-def _trace(model: Any, args: ORPOConfig, row: RowBatch, dtype: torch.dtype) -> TrunkMemory:
+def _trace(model: Any, args: ORPOConfig, row: RowBatch, offloads: bool) -> TrunkMemory:
     causal_lm = innermost_causal_lm(model)
     inputs = {name: value for name, value in row.inputs.items() if name != "attention_mask"}
     is_tree = "tree_spans" in inputs
@@ -161,7 +205,7 @@ def _trace(model: Any, args: ORPOConfig, row: RowBatch, dtype: torch.dtype) -> T
 
         with attention_of_trees(causal_lm, TREE_SDPA) if is_tree else nullcontext():
             try:
-                return trace_trunk(run)
+                return trace_trunk(run, offloads=offloads)
             except Exception as error:  # noqa: BLE001 (whatever the architecture's code raises)
                 first_line = (str(error) or type(error).__name__).splitlines()[0]
                 raise ModelError(
@@ -169,8 +213,8 @@ def _trace(model: Any, args: ORPOConfig, row: RowBatch, dtype: torch.dtype) -> T
                 ) from error
 
 
-def _weights(model: Any, options: ModelOptions) -> tuple[MemoryItem, ...]:
-    causal_lm = innermost_causal_lm(model)
+def _weights(twin: MetaTwin, *, embedding_on_host: bool) -> Iterator[MemoryItem]:
+    causal_lm = innermost_causal_lm(twin.model)
     embedding = causal_lm.get_input_embeddings().weight
     head = causal_lm.get_output_embeddings().weight
     linears = _quantizable(causal_lm)
@@ -179,23 +223,27 @@ def _weights(model: Any, options: ModelOptions) -> tuple[MemoryItem, ...]:
         for name, p in causal_lm.named_parameters()
         if "lora_" not in name and not any(p is x for x in (embedding, head, *linears))
     ]
+    yield _linear_layers(linears, twin.linears, embedding.dtype)
+    where = "on the host" if embedding_on_host else ""
+    yield MemoryItem("embedding", _bytes_of([embedding]), where, embedding_on_host)
+    if head is not embedding:
+        yield MemoryItem("output head", _bytes_of([head]))
+    yield MemoryItem("other weights", _bytes_of(others))
+
+
+def _linear_layers(
+    linears: Sequence[torch.Tensor], storage: Storage, dtype: torch.dtype
+) -> MemoryItem:
     count = sum(p.numel() for p in linears)
-    if options.load_in_4bit:
+    size, note = _bytes_of(linears), str(dtype).removeprefix("torch.")
+    if storage.bits == 8:
+        size, note = count, "8 bits"
+    elif storage.bits == 4:
         scales = count // _NF4_BLOCK
         nested = scales + 4 * (scales // _NESTED_BLOCK)
-        size, note = count // 2 + (nested if options.use_bnb_nested_quant else 4 * scales), "4 bits"
-    elif options.load_in_8bit:
-        size, note = count, "8 bits"
-    else:
-        size, note = _bytes_of(linears), str(embedding.dtype).removeprefix("torch.")
-    items = [
-        MemoryItem("linear layers", size, note),
-        MemoryItem("embedding", _bytes_of([embedding])),
-    ]
-    if head is not embedding:
-        items.append(MemoryItem("output head", _bytes_of([head])))
-    items.append(MemoryItem("other weights", _bytes_of(others)))
-    return tuple(items)
+        size = count // 2 + (nested if storage.has_nested_scales else 4 * scales)
+        note = "4 bits"
+    return MemoryItem("linear layers", size, note)
 
 
 def _quantizable(causal_lm: Any) -> list[torch.Tensor]:
@@ -208,16 +256,12 @@ def _quantizable(causal_lm: Any) -> list[torch.Tensor]:
     ]
 
 
-def _largest_linear(model: Any, dtype: torch.dtype) -> int:
-    weights = _quantizable(innermost_causal_lm(model))
-    return max((w.numel() for w in weights), default=0) * dtype.itemsize
+def _largest_linear(twin: MetaTwin) -> int:
+    weights = _quantizable(innermost_causal_lm(twin.model))
+    return max((w.numel() for w in weights), default=0) * twin.dtype.itemsize
 
 
-def _is_quantized(options: ModelOptions) -> bool:
-    return options.load_in_4bit or options.load_in_8bit
-
-
-def _hidden_size(args: ORPOConfig, dtype: torch.dtype) -> int:
+def _hidden_bytes(args: ORPOConfig, dtype: torch.dtype) -> int:
     return 2 if args.bf16 or args.fp16 else dtype.itemsize
 
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from .data.row_batch import Pair
+from .data.row_batch import Pair, PlannedPair, RowBatch
+from .data.step_plan import RowPlanner
 
 
 def own_pair_count(trainer: Any, fetched: int) -> int:
@@ -47,7 +48,14 @@ def fetch_pairs(
     return pairs, repeats, fetched
 
 
-def rows_missing(trainer: Any, own_rows: int) -> int:
-    """How many rows the rank with the most has beyond this one."""
-    own = torch.tensor([own_rows], device=trainer.args.device)
-    return int(trainer.accelerator.gather(own).max()) - own_rows
+def plan_rows(
+    trainer: Any, planner: RowPlanner, pairs: list[Pair], repeats: list[Pair]
+) -> list[RowBatch]:
+    """The rows of these pairs; as many on each rank, where ranks wait for each other in a row."""
+    rows = planner.plan(pairs, repeats)
+    if trainer.equal_rows and trainer.args.world_size > 1:
+        own = torch.tensor([len(rows)], device=trainer.args.device)
+        missing = int(trainer.accelerator.gather(own).max()) - len(rows)
+        shortest = min([*pairs, *repeats], key=lambda pair: PlannedPair.of(pair).tree_tokens)
+        rows += [planner.unscored(shortest)] * missing
+    return rows

@@ -14,6 +14,7 @@ from .data.preparation import LengthRule
 from .errors import ConfigError, ModelError
 from .model.adapter import disable_dropout, refuse_virtual_tokens, wrap_with_adapter
 from .model.head import innermost_causal_lm
+from .model.host_memory import keep_embedding_on_host
 from .model.load import load_model, load_tokenizer, refuse_encoder_decoder
 from .model.quantization import keep_gradients_on_cpu, refuse_untrainable
 
@@ -56,6 +57,9 @@ def check_parallelism(trainer: Any) -> None:
     version = getattr(trainer.accelerator.state.fsdp_plugin, "fsdp_version", 1)
     if version != 2:
         raise ConfigError(f"FSDP {version} is not supported; set fsdp_version: 2")
+    for name in ("offload_embedding", "activation_offloading"):
+        if getattr(trainer.args, name):
+            raise ConfigError(f"{name} is not supported with FSDP; leave it out")
     logger.warning(
         "FSDP 2 has been tested here on CPU ranks only, not on GPUs; compare the first steps with "
         "a run on one"
@@ -122,6 +126,8 @@ def prepare_model(model: Any, args: ORPOConfig, peft_config: Any) -> Any:
     if peft_config is not None:
         model = wrap_with_adapter(model, peft_config)
     refuse_untrainable(model)
+    if args.offload_embedding:
+        keep_embedding_on_host(model)
     keep_gradients_on_cpu(model)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         remedy = "pass a peft_config"

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .data.row_batch import RowBatch
+from .device_memory import peak_bytes
 
 
 class Throughput:
@@ -47,15 +48,20 @@ class Throughput:
         Args:
             device: where the sum over ranks is taken.
             reduce: sums a tensor over the ranks.
+
+        Returns:
+            Rates over all ranks; the peak of memory is this rank's, since the process began.
         """
         seconds = max(time.perf_counter() - (self._started or 0.0), 1e-9)
         local = torch.tensor(self._counts, dtype=torch.float32, device=device)
         tokens, separate, rows, pairs = reduce(local).tolist()
         steps = self.steps
         self._begin_anew()
+        peak = peak_bytes(device)
         return {
             "lite_orpo/tokens_per_second": tokens / seconds,
             "lite_orpo/pairs_per_second": pairs / seconds,
             "lite_orpo/rows_per_step": rows / max(steps, 1),
             "lite_orpo/tokens_saved": 1.0 - tokens / max(separate, 1.0),
+            **({} if peak is None else {"lite_orpo/peak_memory_mib": peak / 2**20}),
         }

@@ -25,21 +25,22 @@ from transformers.trainer import TRAINING_ARGS_NAME
 
 from .config.orpo_config import ORPOConfig
 from .data.prepared_sets import PreparedSets, is_mapping_of_sets
-from .data.row_batch import Pair, PlannedPair, RowBatch
-from .data.step_plan import RowPlanner, StepPlan
+from .data.row_batch import Pair, RowBatch
+from .data.step_plan import StepPlan
 from .errors import DataError
 from .loss import orpo_loss
 from .metrics import LossScale, empty_parts, loss_parts, metrics_of_set, named_metrics
 from .model.head import attach_scored_head
+from .model.host_memory import offloaded_activations
 from .out_of_memory import RowRoom
-from .ranks import fetch_pairs, own_pair_count, rows_missing
+from .ranks import fetch_pairs, own_pair_count, plan_rows
+from .row_budget import planner_of
 from .row_choice import choose_rows
 from .setup import (
     check_launch,
     check_parallelism,
     check_vocabulary,
     length_rule,
-    pad_token_id,
     prepare_model,
     resolve_tokenizer,
 )
@@ -119,13 +120,13 @@ class ORPOTrainer(Trainer):
         """Whether all ranks pass as many rows: of a sharded model, they wait for each other."""
         self.head.verify()
         self.sharing, self.rows_description = choose_rows(self)
-        self._planner = RowPlanner(
-            pad_token_id(tokenizer), args.nll_tokens, args.max_tokens_per_row, self.sharing.is_on
-        )
+        self.planner, chosen_budget = planner_of(self)
+        self.rows_description += chosen_budget
+        self._offloading = offloaded_activations(self.model, args)
         if hasattr(self.model, "add_model_tags"):
             self.model.add_model_tags(self._tag_names)
-        tokens, ranks = args.max_tokens_per_row, args.world_size
-        self._room = RowRoom(tokens, "a step", ranks, "set gradient_checkpointing: true")
+        tokens, ranks = self.planner.max_tokens_per_row, args.world_size
+        self.room = RowRoom(tokens, "a step", ranks, "set gradient_checkpointing: true")
         self._evaluation_room = RowRoom(tokens, "the evaluation", ranks, "close other programs")
         self._train_parts = empty_parts(self.args.device)
         self._throughput = Throughput()
@@ -169,24 +170,20 @@ class ORPOTrainer(Trainer):
         pairs, repeats, fetched = fetch_pairs(self, epoch_iterator, num_batches)
         if fetched == 0:
             return [], None
-        nll_tokens, pair_count = self._planner.count_nll_tokens(pairs), len(pairs)
+        nll_tokens, pair_count = self.planner.count_nll_tokens(pairs), len(pairs)
         if self.args.world_size > 1:
             counts = torch.tensor([nll_tokens, pair_count], device=device)
             nll_tokens, pair_count = self.accelerator.reduce(counts, reduction="sum").tolist()
         # Trainer lowers its batch size after an out-of-memory error, if it may; rows follow.
-        tokens = self.args.max_tokens_per_row * self._train_batch_size
-        self._room.limit(tokens // self.args.per_device_train_batch_size)
-        rows = self._plan_rows(self._room, pairs, repeats)
+        tokens = self.planner.max_tokens_per_row * self._train_batch_size
+        self.room.limit(tokens // self.args.per_device_train_batch_size)
+        rows = self._plan_rows(self.room, pairs, repeats)
         step = StepPlan(rows, nll_tokens, pair_count, pairs, repeats)
         return [{}] * (fetched - 1) + [{"step": step}], None
 
     def _plan_rows(self, room: RowRoom, pairs: list[Pair], repeats: list[Pair]) -> list[RowBatch]:
-        planner = self._planner._replace(max_tokens_per_row=room.max_tokens)
-        rows = planner.plan(pairs, repeats)
-        if self.equal_rows and self.args.world_size > 1:
-            shortest = min([*pairs, *repeats], key=lambda pair: PlannedPair.of(pair).tree_tokens)
-            rows += [planner.unscored(shortest)] * rows_missing(self, len(rows))
-        return rows
+        planner = self.planner._replace(max_tokens_per_row=room.max_tokens)
+        return plan_rows(self, planner, pairs, repeats)
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         # Called again after an out-of-memory error: what the lost steps reported goes with them.
@@ -211,9 +208,9 @@ class ORPOTrainer(Trainer):
 
         def plan_again() -> list[RowBatch]:
             model.zero_grad(set_to_none=True)  # a failed backward pass leaves some behind
-            return self._plan_rows(self._room, step.own_pairs, step.repeats)
+            return self._plan_rows(self.room, step.own_pairs, step.repeats)
 
-        (total, parts), rows = self._room.make(step.rows, take, plan_again)
+        (total, parts), rows = self.room.make(step.rows, take, plan_again)
         self._train_parts += parts
         self._throughput.end_step(rows, len(step.own_pairs))
         return total * self.args.world_size
@@ -228,7 +225,10 @@ class ORPOTrainer(Trainer):
             for number, row in enumerate(rows):
                 # A sharded model reduces each row's gradients: only whole ones could wait.
                 reduces = number == len(rows) - 1 or self.equal_rows
-                with nullcontext() if reduces else self.accelerator.no_sync(model):
+                with (
+                    self._offloading,
+                    nullcontext() if reduces else self.accelerator.no_sync(model),
+                ):
                     with self.compute_loss_context_manager():
                         loss, parts = self._score(model, row, nll_tokens, pairs)
                     # DDP averages over ranks, but each rank's loss is its share of the sum.
@@ -309,7 +309,7 @@ class ORPOTrainer(Trainer):
             return parts
 
         self._eval_parts += self._evaluation_room.make(plan(), score, plan)[0]
-        counts = [self._planner.count_nll_tokens(pairs), len(pairs)]
+        counts = [self.planner.count_nll_tokens(pairs), len(pairs)]
         self._eval_counts += torch.tensor(counts, device=self._eval_counts.device)
         # Trainer wants a batch loss; ours for the set replaces its mean of means below.
         return torch.zeros((), device=self.args.device), None, None

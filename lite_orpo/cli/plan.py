@@ -16,12 +16,14 @@ from rich.text import Text
 
 from ..config.run_config import RunConfig, load_run_config
 from ..config.yaml_file import Setting
+from ..data.largest_row import largest_row, longest_pair
 from ..data.preparation import LengthRule, prepare_pairs
-from ..data.row_batch import PlannedPair, RowBatch
+from ..data.row_batch import RowBatch
 from ..data.step_plan import RowPlanner
-from ..errors import ConfigError
-from ..memory_plan import MemoryPlan, may_share_prefixes, plan_memory
+from ..errors import ConfigError, ModelError
+from ..memory_plan import MemoryPlan, may_share_prefixes, plan_memory, row_tokens_that_fit
 from ..model.load import load_tokenizer
+from ..row_budget import most_tokens
 from .train import open_sources, quiet_libraries
 
 GIB = 2**30
@@ -34,7 +36,8 @@ class _Change(NamedTuple):
     """A setting that takes less memory."""
 
     text: str
-    config: RunConfig
+    training: dict[str, Any]
+    model: dict[str, Any] | None = None
 
 
 def show_plan(path: Path, overrides: dict[str, Setting], vram: float | None) -> None:
@@ -56,15 +59,15 @@ def show_plan(path: Path, overrides: dict[str, Setting], vram: float | None) -> 
     device = config.training.device
     if vram is not None and device.type != "cuda":
         device, config = torch.device("cuda"), _as_on_a_gpu(config)
+    limit = _limit(vram, device)
     pairs = _pairs(config)
     with console.status("Passing a row without data through the model's layers"):
-        plan, row = _plan(config, pairs, device)
-    _print_plan(console, config, plan, row, device)
-    limit = _limit(vram, device)
+        planned = _plan(config, pairs, device, limit)
+    _print_plan(console, config, planned, device)
     if limit is None:
         console.print("Give --vram GIB to see whether it fits on a card.")
         return
-    needed = on_the_card(plan)
+    needed = on_the_card(planned.memory)
     if needed <= limit:
         console.print(
             Text(f"Fits in {limit / GIB:g} GiB, with {(limit - needed) / GIB:.1f} GiB to spare "
@@ -73,7 +76,7 @@ def show_plan(path: Path, overrides: dict[str, Setting], vram: float | None) -> 
     console.print(
         Text(f"Does not fit in {limit / GIB:g} GiB: {needed / GIB:.1f} GiB are needed (computed, "
              "not measured).", style="bold red"), soft_wrap=True)  # fmt: skip
-    _print_advice(console, config, pairs, device, limit)
+    _print_advice(console, config, pairs, device, planned, limit)
 
 
 def _as_on_a_gpu(config: RunConfig) -> RunConfig:
@@ -96,24 +99,37 @@ def _pairs(config: RunConfig) -> Any:
     return prepare_pairs(source, load_tokenizer(config.model), rule, args.on_bad_row).dataset
 
 
-def _plan(config: RunConfig, pairs: Any, device: torch.device) -> tuple[MemoryPlan, RowBatch]:
-    row = _largest_row(config, pairs)
-    return plan_memory(config.model, config.lora, config.training, row, device), row
+class _Planned(NamedTuple):
+    """A plan, the row that it is for, and the budget of rows in tokens."""
+
+    memory: MemoryPlan
+    row: RowBatch
+    max_tokens: int
 
 
-def _largest_row(config: RunConfig, pairs: Any) -> RowBatch:
+def _plan(
+    config: RunConfig, pairs: Any, device: torch.device, limit: float | None = None
+) -> _Planned:
+    """The plan of a configuration; `limit` in bytes is what `max_tokens_per_row: auto` goes by."""
     args = config.training
     shares = may_share_prefixes(config.model, config.lora, args)
-    planner = RowPlanner(0, args.nll_tokens, args.max_tokens_per_row, shares)
+    planner = RowPlanner(0, args.nll_tokens, most_tokens(device.type), shares)
     in_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    largest: RowBatch | None = None
-    for start in range(0, len(pairs), in_step):
-        step = [pairs[i] for i in range(start, min(start + in_step, len(pairs)))]
-        for row in planner.plan(step):
-            if largest is None or _positions(row) > _positions(largest):
-                largest = row
-    assert largest is not None  # a source without rows has been refused
-    return largest
+
+    def row_of(tokens: int) -> RowBatch:
+        return largest_row(planner._replace(max_tokens_per_row=tokens), pairs, in_step)
+
+    def plan_for(tokens: int) -> MemoryPlan:
+        return plan_memory(config.model, config.lora, args, row_of(tokens), device)
+
+    if args.max_tokens_per_row != "auto":
+        tokens = int(args.max_tokens_per_row)
+        return _Planned(plan_for(tokens), row_of(tokens), tokens)
+    most, least = planner.max_tokens_per_row, longest_pair(planner, pairs)
+    tokens, memory = row_tokens_that_fit(
+        plan_for, lambda plan: limit is None or on_the_card(plan) <= limit, most, least
+    )
+    return _Planned(memory, row_of(tokens), tokens)
 
 
 def _positions(row: RowBatch) -> int:
@@ -134,64 +150,101 @@ def on_the_card(plan: MemoryPlan) -> float:
 
 
 def _print_plan(
-    console: Console, config: RunConfig, plan: MemoryPlan, row: RowBatch, device: torch.device
+    console: Console, config: RunConfig, planned: _Planned, device: torch.device
 ) -> None:
-    layout = "packed" if "tree_spans" in row.inputs else "padded"
+    layout = "packed" if "tree_spans" in planned.row.inputs else "padded"
+    chosen = ""
+    if config.training.max_tokens_per_row == "auto":
+        chosen = f"; max_tokens_per_row: auto takes {planned.max_tokens:,}"
     console.print(
-        f"{config.model.model_name_or_path} on {device.type}; the largest row: {row.pair_count} "
-        f"pairs, {_positions(row):,} tokens, {layout}",
+        f"{config.model.model_name_or_path} on {device.type}; the largest row: "
+        f"{planned.row.pair_count} pairs, {_positions(planned.row):,} tokens, {layout}{chosen}",
         soft_wrap=True,
     )
     table = Table("", "MiB", "", box=None, pad_edge=False)
     table.columns[1].justify = "right"
-    for item in plan.items:
-        table.add_row(item.name, f"{item.size / 2**20:,.0f}", Text(item.note, style="dim"))
-    table.add_row(Text("at its highest", style="bold"), f"{plan.total / 2**20:,.0f}", "")
+    for item in planned.memory.items:
+        size = Text(f"{item.size / 2**20:,.0f}", style="dim" if item.is_on_host else "")
+        note = f"{item.note} (not counted)" if item.is_on_host else item.note
+        table.add_row(item.name, size, Text(note.strip(), style="dim"))
+    highest = f"{planned.memory.total / 2**20:,.0f}"
+    table.add_row(
+        Text("at its highest", style="bold"), highest,
+        Text("the backward pass's needs and the larger of the last two", style="dim"),
+    )  # fmt: skip
     console.print(table)
 
 
 def _print_advice(
-    console: Console, config: RunConfig, pairs: Any, device: torch.device, limit: float
+    console: Console,
+    config: RunConfig,
+    pairs: Any,
+    device: torch.device,
+    planned: _Planned,
+    limit: float,
 ) -> None:
     console.print("What to change, least harm first, each with those above it:")
-    before = on_the_card(_plan(config, pairs, device)[0])
-    for change in _changes(config, pairs):
-        with console.status(f"Trying {change.text}"):
-            plan, _ = _plan(change.config, pairs, device)
-        needed = on_the_card(plan)
+    # From here on the budget of rows is one of the things to change.
+    config = _changed(config, training={"max_tokens_per_row": planned.max_tokens})
+    before = on_the_card(planned.memory)
+    for change in _changes(config, pairs, device):
+        tried = _changed(config, change.training, change.model)
+        try:
+            with console.status(f"Trying {change.text}"):
+                needed = on_the_card(_plan(tried, pairs, device).memory)
+        except ModelError:
+            continue  # not for this model: an embedding that is the head too
         if needed > 0.98 * before:
             continue  # not worth what it costs
-        before = needed
-        fits = needed <= limit
-        verdict = "fits" if fits else "does not fit yet"
+        before, config = needed, tried
+        verdict = "fits" if needed <= limit else "does not fit yet"
         console.print(f"  {change.text}: {needed / GIB:.1f} GiB, {verdict}", soft_wrap=True)
-        if fits:
+        if needed <= limit:
             return
     console.print("  a shorter max_length, or a smaller model")
 
 
-def _changes(config: RunConfig, pairs: Any) -> Iterator[_Change]:
-    """Settings that take less memory, each on top of those before it."""
+def _changes(config: RunConfig, pairs: Any, device: torch.device) -> Iterator[_Change]:
+    """Settings that take less memory, those first that change nothing of the result."""
     args = config.training
     if not args.is_checkpointing:
-        config = config._replace(training=_with(args, gradient_checkpointing=True))
-        yield _Change("gradient_checkpointing: true (a third more time)", config)
-    planned = [PlannedPair.of(pair) for pair in pairs]
-    if may_share_prefixes(config.model, config.lora, args):
-        longest = max(pair.tree_tokens for pair in planned)
-    else:
-        longest = max(2 * pair.longest for pair in planned)
-    tokens = args.max_tokens_per_row
+        yield _Change(
+            "gradient_checkpointing: true (a third more time)", {"gradient_checkpointing": True}
+        )
+    shares = may_share_prefixes(config.model, config.lora, args)
+    tokens = int(args.max_tokens_per_row)
+    longest = longest_pair(RowPlanner(0, args.nll_tokens, tokens, shares), pairs)
     while tokens > longest:
         tokens = max(tokens // 2, longest)
-        config = config._replace(training=_with(config.training, max_tokens_per_row=tokens))
-        yield _Change(f"max_tokens_per_row: {tokens} (the same result, slower)", config)
+        yield _Change(
+            f"max_tokens_per_row: {tokens} (the same result, slower)",
+            {"max_tokens_per_row": tokens},
+        )
+    if device.type == "cuda":
+        yield _Change(
+            "offload_embedding: true (the same result, a little slower)",
+            {"offload_embedding": True},
+        )
+        yield _Change(
+            "activation_offloading: true (the same result, slower)",
+            {"activation_offloading": True},
+        )
     if "8bit" not in str(getattr(args.optim, "value", args.optim)):
-        config = config._replace(training=_with(config.training, optim="adamw_8bit"))
-        yield _Change("optim: adamw_8bit", config)
+        yield _Change("optim: adamw_8bit", {"optim": "adamw_8bit"})
     if config.lora.use_peft and not config.model.load_in_4bit:
-        config = config._replace(model=replace(config.model, load_in_4bit=True))
-        yield _Change("load_in_4bit: true (a base model rounded to 4 bits)", config)
+        yield _Change(
+            "load_in_4bit: true (a base model rounded to 4 bits)",
+            {},
+            {"load_in_4bit": True, "load_in_8bit": False},
+        )
+
+
+def _changed(
+    config: RunConfig, training: dict[str, Any], model: dict[str, Any] | None = None
+) -> RunConfig:
+    return config._replace(
+        training=_with(config.training, **training), model=replace(config.model, **(model or {}))
+    )
 
 
 def _with(args: Any, **settings: Any) -> Any:

@@ -16,6 +16,7 @@ from rich.console import Console
 from ..config.run_config import RunConfig, load_run_config
 from ..config.yaml_file import Setting, write_settings
 from ..data.sources import RowSource, open_source
+from ..device_memory import PeakMemory
 from ..errors import ConfigError, DataError
 from ..model.adapter import adapter_switched_off, lora_config, trainable_parameters
 from ..model.load import load_model, load_tokenizer
@@ -26,6 +27,7 @@ from ..report.progress import TrainingProgress
 from ..report.samples import Answered, Sample, answer, pick_samples
 from ..trainer import ORPOTrainer
 from .library_refusals import library_refusals
+from .memory_report import print_memory
 from .output_folder import (
     CONFIG_FILE,
     CURVES_FILE,
@@ -72,8 +74,10 @@ def run_training(path: Path, overrides: dict[str, Setting]) -> None:
     before = _metrics_before(trainer, config, output_dir)
     samples = _samples(config, trainer, sources)
     base_answers = _answers_before(trainer, config, samples)
+    peak = PeakMemory(config.training.device)
     with library_refusals(path, (ImportError,)):
         trainer.train(resume_from_checkpoint=config.training.resume_from_checkpoint)
+    memory = peak.allocated(), peak.beyond()
     after = _held_out_metrics(trainer) if has_held_out else {}
     trainer.save_model()
     trainer.save_state()
@@ -82,6 +86,7 @@ def run_training(path: Path, overrides: dict[str, Setting]) -> None:
         _write_report(config, output_dir, before, after)
     print_samples(console, answered)
     print_outcome(console, before, after, time.perf_counter() - started)
+    print_memory(console, config, trainer, *memory)
     print_usage(console, config, output_dir, METRICS_FILE, CURVES_FILE)
 
 

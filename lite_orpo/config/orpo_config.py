@@ -85,8 +85,10 @@ class ORPOConfig(TrainingArguments):
         "encode each prompt once for both completions, in packed rows: auto (where it is proved "
         "exact on the model), on (an error where it is not) or off",
     )
-    max_tokens_per_row: int = _setting(
-        2048, "most tokens in one pass through the model; a longer pair has a pass of its own"
+    max_tokens_per_row: int | str = _setting(
+        2048,
+        "most tokens in one pass through the model, or auto: as many as the memory plan finds "
+        "room for; a longer pair has a pass of its own",
     )
     tree_attention: str = _setting(
         "sdpa", "attention over packed rows: sdpa (everywhere) or varlen (CUDA, not measured yet)"
@@ -94,6 +96,12 @@ class ORPOConfig(TrainingArguments):
     disable_dropout: bool = _setting(True, "turn the base model's dropout off (not LoRA's)")
     loss_backend: str = _setting(
         "auto", "of the fused head and loss: auto, triton, chunked or reference"
+    )
+    activation_offloading: bool = _setting(
+        False, "keep what the backward pass needs in host memory meanwhile (CUDA; slower; TRL)"
+    )
+    offload_embedding: bool = _setting(
+        False, "keep the input embedding in host memory (adapters; not where it is the head too)"
     )
     loss_workspace_mib: int = _setting(64, "memory for blocks of logits, in MiB")
     bf16: bool | None = _setting(None, "bf16 autocast; default: where the GPU truly has it")
@@ -194,10 +202,9 @@ class ORPOConfig(TrainingArguments):
                 raise ConfigError(
                     f"{name} must be {' or '.join(allowed)}, found {getattr(self, name)!r}"
                 )
-        if not _is_number(self.max_tokens_per_row) or self.max_tokens_per_row < 2:
-            raise ConfigError(
-                f"max_tokens_per_row must be at least 2, found {self.max_tokens_per_row!r}"
-            )
+        tokens: Any = self.max_tokens_per_row
+        if tokens != "auto" and not (_is_number(tokens) and tokens >= 2):
+            raise ConfigError(f"max_tokens_per_row must be at least 2, or auto, found {tokens!r}")
         if self.max_length is not None and (not _is_number(self.max_length) or self.max_length < 2):
             raise ConfigError(f"max_length must be at least 2 or null, found {self.max_length!r}")
         if self.loss_workspace_mib < 1:

@@ -24,7 +24,7 @@ def count_row_tokens(dataset: Any, pairs_per_batch: int) -> RowTokens:
     """
     packed = separate = padded = 0
     longest = in_batch = 0
-    for prompt, chosen, rejected in _lengths(dataset):
+    for prompt, chosen, rejected in pair_lengths(dataset):
         packed += prompt + chosen + rejected
         separate += 2 * prompt + chosen + rejected
         longest, in_batch = max(longest, prompt + max(chosen, rejected)), in_batch + 1
@@ -34,7 +34,8 @@ def count_row_tokens(dataset: Any, pairs_per_batch: int) -> RowTokens:
     return RowTokens(packed, separate, padded + 2 * in_batch * longest)
 
 
-def _lengths(dataset: Any) -> Iterator[tuple[int, int, int]]:
+def pair_lengths(dataset: Any) -> Iterator[tuple[int, int, int]]:
+    """Tokens of prompt, chosen and rejected of each prepared pair, in the data's order."""
     columns = ("prompt_input_ids", "chosen_input_ids", "rejected_input_ids")
     if not hasattr(dataset, "with_format"):
         for row in dataset:

@@ -59,18 +59,29 @@ class RowPlanner(NamedTuple):
         planned = [PlannedPair.of(pair) for pair in pairs]
         if not planned:
             planned = [PlannedPair.of(pair, is_scored=False) for pair in repeats[:1]]
+        return [self.row_batch(row) for row in self.group(planned)]
+
+    def group(self, pairs: Sequence[PlannedPair]) -> list[list[PlannedPair]]:
+        """Distribute pairs over rows; at least one pair in each."""
         group = first_fit_decreasing if self.shares_prefixes else group_by_length
-        return [self._row_batch(row) for row in group(planned, self.max_tokens_per_row)]
+        return group(pairs, self.max_tokens_per_row)
+
+    def positions(self, pairs: Sequence[PlannedPair]) -> int:
+        """Positions of these pairs as one row batch, padding included."""
+        if self.shares_prefixes:
+            return sum(pair.tree_tokens for pair in pairs)
+        return 2 * len(pairs) * max(pair.longest for pair in pairs)
 
     def unscored(self, pair: Pair) -> RowBatch:
         """A row batch of which nothing is scored, for a rank that must not run out of rows."""
-        return self._row_batch([PlannedPair.of(pair, is_scored=False)])
+        return self.row_batch([PlannedPair.of(pair, is_scored=False)])
 
     @property
     def _nll_on_prompt(self) -> bool:
         return self.nll_tokens == "prompt_and_completion"
 
-    def _row_batch(self, pairs: Sequence[PlannedPair]) -> RowBatch:
+    def row_batch(self, pairs: Sequence[PlannedPair]) -> RowBatch:
+        """One row batch of these pairs, whatever its size."""
         if self.shares_prefixes:
             return tree_row_batch(pairs, nll_on_prompt=self._nll_on_prompt)
         return padded_row_batch(pairs, self.pad_token_id, nll_on_prompt=self._nll_on_prompt)

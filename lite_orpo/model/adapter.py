@@ -10,6 +10,7 @@ from torch import nn
 
 from ..config.options import LoraOptions
 from ..errors import ModelError
+from .host_memory import host_weight
 
 
 def lora_config(options: LoraOptions) -> Any | None:
@@ -123,8 +124,14 @@ def adapter_switched_off(model: Any) -> Iterator[None]:
 
 
 def trainable_parameters(model: nn.Module) -> tuple[int, int]:
-    """Count of trainable parameters, and of all; 4-bit weights count as many as they stand for."""
+    """Count of trainable parameters, and of all.
+
+    4-bit weights count as many as they stand for, an embedding that is kept on the host too.
+    """
     counts = [(_weights_in(p), p.requires_grad) for p in model.parameters()]
+    on_host = host_weight(model)
+    if on_host is not None:
+        counts.append((on_host.numel(), False))
     return sum(n for n, trains in counts if trains), sum(n for n, _ in counts)
 
 

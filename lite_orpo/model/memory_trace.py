@@ -9,15 +9,18 @@ Legend: T tokens of a row, MiB = 2^20 bytes.
 """
 
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from .host_memory import COPIES_UNDER_WAY, OFFLOADED_FROM
 from .tree_segments import forget_layouts
 
 
@@ -28,6 +31,8 @@ class TrunkMemory(NamedTuple):
     """Held between forward and backward: what the backward pass needs."""
     peak: int
     """Most at any moment of either."""
+    on_host: int
+    """Held between forward and backward, but moved to the host's memory."""
 
 
 class _LiveStorages(TorchDispatchMode):
@@ -37,7 +42,9 @@ class _LiveStorages(TorchDispatchMode):
         super().__init__()
         self.live = 0
         self.peak = 0
+        self.on_host = 0
         self._known: set[int] = set()
+        self._makes_on_host = False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -56,6 +63,10 @@ class _LiveStorages(TorchDispatchMode):
         storage = made.untyped_storage()
         size = storage.nbytes()
         self._known.add(key)
+        if self._makes_on_host:
+            self.on_host += size
+            weakref.finalize(storage, self._known.discard, key)
+            return
         self.live += size
         self.peak = max(self.peak, self.live)
 
@@ -64,6 +75,26 @@ class _LiveStorages(TorchDispatchMode):
             self.live -= size
 
         weakref.finalize(storage, freed)
+
+    def offloading(self) -> saved_tensors_hooks:
+        """Count what the backward pass needs as moved to the host, and back when it is needed."""
+        under_way: deque[Tensor] = deque(maxlen=COPIES_UNDER_WAY)
+
+        def pack(tensor: Tensor) -> Tensor:
+            if isinstance(tensor, nn.Parameter) or tensor.nbytes < OFFLOADED_FROM:
+                return tensor
+            under_way.append(tensor)
+            self._makes_on_host = True
+            try:
+                return tensor.detach().clone()
+            finally:
+                self._makes_on_host = False
+
+        def unpack(tensor: Tensor) -> Tensor:
+            is_there = isinstance(tensor, nn.Parameter) or tensor.nbytes < OFFLOADED_FROM
+            return tensor if is_there else tensor.clone()
+
+        return saved_tensors_hooks(pack, unpack)
 
 
 def _storage_of(tensor: Tensor) -> int:
@@ -98,17 +129,19 @@ def _fake_like(value: Any, made: dict[int, Any]) -> Any:
     return made[id(value)][0]
 
 
-def trace_trunk(run: Callable[[], Tensor]) -> TrunkMemory:
+def trace_trunk(run: Callable[[], Tensor], *, offloads: bool = False) -> TrunkMemory:
     """Count one forward and backward pass.
 
     Args:
         run: the forward pass, within `fake_weights`; returns what goes into the head.
+        offloads: whether what the backward pass needs is moved to the host in between.
 
     Returns:
         Bytes that the pass holds. The output and its gradient are counted in.
     """
     with _LiveStorages() as storages:
-        hidden = run()
+        with storages.offloading() if offloads else nullcontext():
+            hidden = run()
         kept = storages.live
         hidden.backward(torch.ones_like(hidden))
-        return TrunkMemory(kept, storages.peak)
+        return TrunkMemory(kept, storages.peak, storages.on_host)

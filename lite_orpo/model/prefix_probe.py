@@ -51,7 +51,7 @@ def why_not_exact(model: Any, causal_lm: Any, attention: str) -> str | None:
 
 def computes_on(causal_lm: Any) -> tuple[torch.device, torch.dtype]:
     """Device and dtype of the model's computation, autocast counted in."""
-    weight = causal_lm.get_input_embeddings().weight
+    weight = causal_lm.get_output_embeddings().weight  # the embedding may be on the host
     if torch.is_autocast_enabled(weight.device.type):
         return weight.device, torch.get_autocast_dtype(weight.device.type)
     return weight.device, weight.dtype

@@ -100,6 +100,18 @@ def quantization_method(model_config: Any) -> str | None:
     return str(getattr(method, "value", method))
 
 
+def bits_of_checkpoint(model_config: Any) -> tuple[int | None, bool]:
+    """Bits of a checkpoint's or a loaded model's linear layers, and whether scales are nested.
+
+    Returns:
+        None for the bits where bitsandbytes' settings say nothing of 4 or 8.
+    """
+    ways = _ways_of(model_config)
+    bits = 4 if "load_in_4bit" in ways else 8 if "load_in_8bit" in ways else None
+    found = getattr(model_config, "quantization_config", None)
+    return bits, bool(_entry(found, "bnb_4bit_use_double_quant"))
+
+
 def _ways_of(model_config: Any) -> set[str]:
     found = getattr(model_config, "quantization_config", None)
     return {way for way in ("load_in_4bit", "load_in_8bit") if _entry(found, way)}

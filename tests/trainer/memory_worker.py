@@ -12,6 +12,16 @@ import torch  # noqa: E402
 from tiny_models import tiny_model, trainer_for, with_lora  # noqa: E402
 
 PROMPT, COMPLETION = 120, 60
+WIDE = {
+    "vocab_size": 8192,
+    "hidden_size": 512,
+    "intermediate_size": 1376,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "max_position_embeddings": 2048,
+}
 
 
 def rows(count: int) -> list[dict[str, str]]:

@@ -42,6 +42,7 @@ SCENARIOS = {
     "fewer_pairs_than_ranks": Scenario(pairs=1, batch=2),
     "many_rows": Scenario(pairs=7, batch=4, accumulation=2, settings={"max_tokens_per_row": 80}),
     "padded": Scenario(pairs=7, batch=4, accumulation=2, settings={"prefix_sharing": "off"}),
+    "embedding_on_host": Scenario(pairs=5, batch=4, settings={"offload_embedding": True}),
     "packed_for_sure": Scenario(pairs=7, batch=4, settings={"prefix_sharing": "on"}),
     "checkpointed": Scenario(
         pairs=5, batch=2, accumulation=2, settings={"gradient_checkpointing": True}
@@ -50,7 +51,8 @@ SCENARIOS = {
 
 
 def model_for(scenario: Scenario) -> Any:
-    return tiny_model(tie_word_embeddings=False) if scenario.full else with_lora(tiny_model())
+    model = tiny_model(tie_word_embeddings=False)
+    return model if scenario.full else with_lora(model)
 
 
 def run(scenario: Scenario, folder: Path, ranks: int) -> dict[str, Any]:

@@ -21,15 +21,17 @@ RANK = {
     "lite_orpo.model": 3,
     "lite_orpo.metrics": 4,
     "lite_orpo.throughput": 4,
-    "lite_orpo.memory_plan": 4,
+    "lite_orpo.device_memory": 0,
+    "lite_orpo.memory_plan": 5,
     "lite_orpo.out_of_memory": 4,
     "lite_orpo.ranks": 4,
     "lite_orpo.row_choice": 4,
     "lite_orpo.setup": 4,
-    "lite_orpo.trainer": 5,
-    "lite_orpo.report": 6,
-    "lite_orpo.cli": 7,
-    "lite_orpo": 8,
+    "lite_orpo.row_budget": 6,
+    "lite_orpo.trainer": 7,
+    "lite_orpo.report": 8,
+    "lite_orpo.cli": 9,
+    "lite_orpo": 10,
 }
 REACH_THE_KERNELS = {"lite_orpo", "lite_orpo.loss", "lite_orpo.model.head"}
 

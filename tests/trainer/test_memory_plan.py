@@ -9,27 +9,28 @@ from pathlib import Path
 import memory_worker
 import pytest
 import torch
-from tiny_models import TOKENIZER, quiet_config, tiny_model, trainer_for, with_lora
+from memory_worker import WIDE
+from tiny_models import TOKENIZER, quiet_config, tiny_config, tiny_model, trainer_for, with_lora
 
 from lite_orpo import memory_plan
 from lite_orpo.config.options import LoraOptions, ModelOptions
+from lite_orpo.data.largest_row import largest_row
 from lite_orpo.data.preparation import LengthRule, prepare_pairs
 from lite_orpo.data.sources import dataset_source
 from lite_orpo.data.step_plan import RowPlanner
 from lite_orpo.errors import ModelError
-from lite_orpo.memory_plan import may_share_prefixes, plan_memory
+from lite_orpo.memory_plan import may_share_prefixes, plan_memory, plan_of_twin
+from lite_orpo.model import meta_twin
+from lite_orpo.model.adapter import lora_config, wrap_with_adapter
+from lite_orpo.model.load import load_model
+from lite_orpo.model.meta_twin import twin_of_model
 
-CPU = torch.device("cpu")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 MIB = 2**20
-WIDE = {
-    "vocab_size": 8192,
-    "hidden_size": 512,
-    "intermediate_size": 1376,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 64,
-    "max_position_embeddings": 2048,
+LENGTHS = {
+    "prompt_input_ids": [1] * 20,
+    "chosen_input_ids": [1] * 9,
+    "rejected_input_ids": [1] * 7,
 }
 CASES = {
     "llama": ("llama", {**WIDE, "num_hidden_layers": 8}, {}),
@@ -39,8 +40,8 @@ CASES = {
 }
 
 
-def planned(folder, family, model_settings, settings, **options):
-    tiny_model(family, **model_settings).config.save_pretrained(folder)
+def planned(folder, family, model_settings, settings, device=CPU, **options):
+    tiny_config(family, **model_settings).save_pretrained(folder)
     args = quiet_config(folder, **settings)
     source = dataset_source("rows", memory_worker.rows(8))
     pairs = list(prepare_pairs(source, TOKENIZER, LengthRule(None, "drop")).dataset)
@@ -48,7 +49,7 @@ def planned(folder, family, model_settings, settings, **options):
     planner = RowPlanner(0, args.nll_tokens, args.max_tokens_per_row, shares)
     row = planner.plan(pairs)[0]
     model_options = ModelOptions(model_name_or_path=str(folder), **options)
-    return plan_memory(model_options, LoraOptions(lora_r=16), args, row, CPU)
+    return plan_memory(model_options, LoraOptions(lora_r=16), args, row, device)
 
 
 def sizes(plan):
@@ -85,8 +86,6 @@ def test_weights_adapter_and_gradients_are_those_of_the_trainers_model(tmp_path)
 
 def test_4_bit_weights_are_those_that_bitsandbytes_makes(tmp_path):
     pytest.importorskip("bitsandbytes")
-    from lite_orpo.model.load import load_model
-
     model = tiny_model("llama", **WIDE)
     model.save_pretrained(tmp_path)
     for nested in (True, False):
@@ -118,6 +117,95 @@ def test_checkpointing_8_bit_optimisers_and_shorter_rows_take_less(tmp_path):
     assert sizes(sgd)["optimiser"] == 0
 
 
+def test_an_embedding_on_the_host_is_not_counted_on_a_gpu_and_is_on_a_cpu(tmp_path):
+    there = planned(tmp_path, "llama", WIDE, {}, CUDA)
+    on_host = planned(tmp_path, "llama", WIDE, {"offload_embedding": True}, CUDA)
+    embedding = sizes(there)["embedding"]
+    assert embedding == 4 * WIDE["vocab_size"] * WIDE["hidden_size"] // 2  # bf16 on the GPU
+    assert there.total - on_host.total == embedding
+    cpu = planned(tmp_path, "llama", WIDE, {"offload_embedding": True})
+    assert cpu.total == planned(tmp_path, "llama", WIDE, {}).total
+    tied = {**WIDE, "tie_word_embeddings": True}
+    with pytest.raises(ModelError, match="as the output head too"):
+        planned(tmp_path, "llama", tied, {"offload_embedding": True}, CUDA)
+
+
+def test_offloaded_activations_leave_the_layers_inputs_on_the_host(tmp_path):
+    model = {**WIDE, "num_hidden_layers": 8}
+    settings = {"gradient_checkpointing": True}
+    there = planned(tmp_path, "llama", model, settings, CUDA)
+    offloaded = planned(tmp_path, "llama", model, {**settings, "activation_offloading": True}, CUDA)
+    tokens = 8 * (memory_worker.PROMPT + 2 * (memory_worker.COMPLETION + 4) + 3)
+    of_a_layer = tokens * WIDE["hidden_size"] * 2
+    moved = sizes(offloaded)["moved to the host"]
+    assert moved >= 8 * of_a_layer
+    kept = "kept for the backward pass"
+    # What stays: the last ones, whose copies are under way.
+    assert sizes(there)[kept] - sizes(offloaded)[kept] >= 3 * of_a_layer
+    assert offloaded.total < there.total
+    on_cpu = planned(tmp_path, "llama", model, {**settings, "activation_offloading": True})
+    assert on_cpu.total == planned(tmp_path, "llama", model, settings).total
+
+
+def test_a_checkpoint_in_4_bits_is_planned_as_what_it_is(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    tiny_model("llama", **WIDE).save_pretrained(tmp_path / "16")
+    options = ModelOptions(model_name_or_path=str(tmp_path / "16"), load_in_4bit=True)
+    model = load_model(options, CPU, trains_all_weights=False)
+    model.save_pretrained(tmp_path / "4")
+    args = quiet_config(tmp_path)
+    row = largest_row(RowPlanner(0, "completion", 100, True), [LENGTHS], 1)
+    asked = plan_memory(options, LoraOptions(), args, row, CPU)
+    stored = plan_memory(
+        ModelOptions(model_name_or_path=str(tmp_path / "4")), LoraOptions(), args, row, CPU
+    )
+    assert stored == asked
+
+
+def test_weights_quantised_in_a_way_that_is_not_counted_are_refused(tmp_path):
+    config = tiny_config("llama")
+    config.quantization_config = {"quant_method": "gptq", "bits": 4}
+    config.save_pretrained(tmp_path)
+    options = ModelOptions(model_name_or_path=str(tmp_path))
+    with pytest.raises(ModelError, match="quantised by gptq: what they take is not counted"):
+        plan_memory(options, LoraOptions(), quiet_config(tmp_path), None, CPU)
+
+
+def test_a_device_without_bitsandbytes_is_planned_in_16_bits(tmp_path, monkeypatch):
+    monkeypatch.setattr(meta_twin, "why_no_bitsandbytes", lambda device: "it is not here")
+    asked = planned(tmp_path, "llama", WIDE, {}, load_in_4bit=True)
+    assert sizes(asked) == sizes(planned(tmp_path, "llama", WIDE, {}))
+
+
+@pytest.mark.parametrize("way", ["lora", "full", "4 bits", "partly frozen"])
+def test_a_loaded_models_plan_is_that_of_its_options(way, tmp_path):
+    settings = {"gradient_checkpointing": True}
+    is_full = way in ("full", "partly frozen")
+    options = ModelOptions(model_name_or_path=str(tmp_path), load_in_4bit=way == "4 bits")
+    lora = LoraOptions(use_peft=not is_full)
+    tiny_model("llama", **WIDE).save_pretrained(tmp_path)
+    args = quiet_config(tmp_path, **settings)
+    row = largest_row(RowPlanner(0, "completion", 100, True), [LENGTHS], 1)
+    foreseen = plan_memory(options, lora, args, row, CPU)
+    model = load_model(options, CPU, trains_all_weights=is_full)
+    if not is_full:
+        model = wrap_with_adapter(model, lora_config(lora))
+    if way == "partly frozen":
+        model.model.embed_tokens.requires_grad_(False)
+    found = plan_of_twin(twin_of_model(model, checkpointing=True), args, row, CPU)
+    if way == "partly frozen":
+        assert foreseen.training - found.training == 12 * WIDE["vocab_size"] * WIDE["hidden_size"]
+    else:
+        assert found == foreseen
+
+
+def test_a_model_that_is_not_what_its_configuration_says_has_no_plan(tmp_path):
+    model = with_lora(tiny_model("llama"))
+    model.get_base_model().model.layers[0].extra = torch.nn.Linear(3, 3)
+    with pytest.raises(ModelError, match="cannot be counted"):
+        twin_of_model(model, checkpointing=False)
+
+
 def test_a_training_after_a_plan_is_not_disturbed(tmp_path):
     """Both use the same kept index tensors of a layout; a trace's have no data."""
     planned(tmp_path, "mistral", {**WIDE, "sliding_window": 16}, {})
@@ -134,7 +222,7 @@ def test_models_that_cannot_share_prefixes_are_planned_with_padded_rows(tmp_path
         ("llama", {}, True),
         ("lfm2", {"layer_types": ["conv", "full_attention"]}, False),
     ):
-        tiny_model(name, **settings).config.save_pretrained(tmp_path)
+        tiny_config(name, **settings).save_pretrained(tmp_path)
         options = ModelOptions(model_name_or_path=str(tmp_path))
         assert may_share_prefixes(options, LoraOptions(), args) is expected
     off = quiet_config(tmp_path, prefix_sharing="off")
@@ -148,7 +236,7 @@ def test_the_workspace_on_a_cpu_is_the_kernels_own():
 
 
 def test_a_model_that_cannot_be_traced_is_refused_in_one_line(tmp_path, monkeypatch):
-    def broken(run):
+    def broken(run, offloads):
         raise RuntimeError("no such operation\nat some place")
 
     monkeypatch.setattr(memory_plan, "trace_trunk", broken)
@@ -159,64 +247,10 @@ def test_a_model_that_cannot_be_traced_is_refused_in_one_line(tmp_path, monkeypa
 
 
 def test_what_cannot_be_loaded_cannot_be_planned(tmp_path):
-    tiny_model("llama").config.save_pretrained(tmp_path)
+    tiny_config("llama").save_pretrained(tmp_path)
     options = ModelOptions(model_name_or_path=str(tmp_path), load_in_4bit=True)
     with pytest.raises(ModelError, match="load_in_4bit: .* set use_peft: true"):
         plan_memory(options, LoraOptions(use_peft=False), quiet_config(tmp_path), None, CPU)
-
-
-# ---- the command ----
-
-
-@pytest.fixture
-def config_file(tmp_path):
-    tiny_model("llama", **WIDE).config.save_pretrained(tmp_path / "base")
-    TOKENIZER.save_pretrained(tmp_path / "base")
-    pairs = "\n".join(json.dumps(row) for row in memory_worker.rows(40))
-    (tmp_path / "pairs.jsonl").write_text(pairs)
-    path = tmp_path / "config.yaml"
-    path.write_text(
-        f"model_name_or_path: {tmp_path / 'base'}\ndataset_name: {tmp_path / 'pairs.jsonl'}\n"
-        f"output_dir: {tmp_path / 'out'}\n"
-    )
-    return path
-
-
-def run_plan(*words):
-    done = subprocess.run(
-        [sys.executable, "-m", "lite_orpo.cli.main", "plan", *map(str, words)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "120"},
-        timeout=300,
-    )
-    return done.returncode, done.stdout + done.stderr
-
-
-def test_the_command_prints_a_table_and_whether_it_fits(config_file):
-    code, text = run_plan(config_file, "--vram", "24")
-    assert code == 0, text
-    for name in ("linear layers", "adapter", "gradients", "optimiser", "head and loss"):
-        assert name in text
-    assert "Fits in 24 GiB" in text
-    assert "computed, not measured" in text
-    assert not (config_file.parent / "out").exists()
-
-
-def test_what_does_not_fit_is_answered_with_what_to_change(config_file):
-    code, text = run_plan(config_file, "--vram", "0.8", "gradient_checkpointing=false")
-    assert code == 0, text
-    assert "Does not fit in 0.8 GiB" in text
-    advice = text[text.index("least harm first") :]
-    assert "gradient_checkpointing: true" in advice
-    assert "fits" in advice
-
-
-def test_a_mistake_is_one_line_and_exit_2(config_file):
-    assert run_plan("nope.yaml")[0] == 2
-    code, text = run_plan(config_file, "--vram", "-3")
-    assert code == 2
-    assert "--vram must be a positive number of GiB, found -3" in text
 
 
 def test_the_worker_is_where_it_is_looked_for():

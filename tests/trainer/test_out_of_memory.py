@@ -130,9 +130,9 @@ def test_with_dropout_it_is_bitwise_a_run_that_had_small_rows_from_that_step_on(
     broken, recorder = make_trainer(tmp_path, lora_dropout=0.5)
     fail_once(broken, step=0, row=1, where="backward")
     found = outcome(broken, recorder)
-    assert broken._room.max_tokens < 100
+    assert broken.room.max_tokens < 100
     small, recorder = make_trainer(
-        tmp_path, lora_dropout=0.5, max_tokens_per_row=broken._room.max_tokens
+        tmp_path, lora_dropout=0.5, max_tokens_per_row=broken.room.max_tokens
     )
     expected = outcome(small, recorder)
     for name in expected[0]:
@@ -274,7 +274,7 @@ def test_in_an_evaluation_only_the_evaluation_shrinks(tmp_path):
         if "runtime" not in key and "per_second" not in key and "preparation" not in key:
             assert found[key] == pytest.approx(expected[key], rel=1e-6), key
     assert trainer._evaluation_room.max_tokens < 100
-    assert trainer._room.max_tokens == 100
+    assert trainer.room.max_tokens == 100
 
 
 LIMITED = """
@@ -296,7 +296,7 @@ if sys.argv[1] == "limited":
     resource.setrlimit(resource.RLIMIT_AS, (used + 450 * 2**20,) * 2)
 trainer.train()
 logs = [log for log in trainer.state.log_history if "nll_loss" in log]
-print("RESULT", trainer._room.max_tokens, *(log["nll_loss"] for log in logs))
+print("RESULT", trainer.room.max_tokens, *(log["nll_loss"] for log in logs))
 """
 
 

@@ -61,8 +61,9 @@ def test_two_ranks_make_the_gradient_of_one_process(name, alone, spread):
         found = spread[rank][name]["gradients"]
         assert len(found) == len(expected)
         for ours, theirs in zip(found, expected, strict=True):
-            # The same sums in another order, in fp32; repeated pairs must not count.
-            assert relative_error(ours, theirs) <= 1e-6
+            # The same sums in another order, in fp32 (2e-6 on the worst parameter, by CPU and by
+            # how a row lies in memory); a repeated pair that counts would change whole digits.
+            assert relative_error(ours, theirs) <= 5e-6
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
@@ -90,7 +91,7 @@ def test_ranks_of_a_sharded_model_pass_equally_many_rows_and_make_the_same_gradi
     for rank in range(RANKS):
         found = spread[rank]["sharded"]
         assert found["rows"] == 4  # of the second rank, two are there for the collectives alone
-        assert relative_error(found["gradients"], expected["gradients"]) <= 1e-6
+        assert relative_error(found["gradients"], expected["gradients"]) <= 5e-6
     # Each rank's loss is its share, scaled so that the mean over ranks is the whole.
     losses = [spread[rank]["sharded"]["loss"] for rank in range(RANKS)]
     assert sum(losses) / RANKS == pytest.approx(expected["loss"], rel=1e-6)

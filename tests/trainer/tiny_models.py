@@ -47,10 +47,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 
 
-def tiny_model(
-    name: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.float32, **settings: Any
-) -> Any:
-    """A random model of a family, with weights large enough for logits of a few nats."""
+def tiny_config(name: str = "llama", **settings: Any) -> Any:
+    """The configuration of a `tiny_model`."""
     known = {**_SIZES, **ARCHITECTURES.get(name, {}), **settings}
     if name == "falcon":
         del known["head_dim"]  # computed there, and cannot be set
@@ -58,6 +56,14 @@ def tiny_model(
     for rate in ("attn_pdrop", "resid_pdrop", "embd_pdrop", "attention_dropout", "dropout"):
         if hasattr(config, rate):
             setattr(config, rate, 0.0)
+    return config
+
+
+def tiny_model(
+    name: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.float32, **settings: Any
+) -> Any:
+    """A random model of a family, with weights large enough for logits of a few nats."""
+    config = tiny_config(name, **settings)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     with torch.no_grad():
