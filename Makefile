@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint types bench bench-gpu bench-gpu-step clean
+.PHONY: demo test lint types bench bench-gpu bench-gpu-step bench-gpu-fit clean
 
 demo: $(STAMP)
 	$(BIN)/lite-orpo train examples/demo.yaml
@@ -37,6 +37,11 @@ bench-gpu-step:
 	PYTHONPATH=.:kernels $(PYTHON) -m pytest -q -p no:cacheprovider tests/trainer/test_tree_on_gpu.py
 	PYTHONPATH=.:kernels $(PYTHON) benchmarks/step_time.py --device cuda --dtype bf16 \
 		--json $(BENCH_GPU_STEP_JSON)
+
+# QLoRA on Llamas of 1B, 3B and 8B; needs bitsandbytes too.
+BENCH_GPU_FIT_JSON ?= fit_gpu.json
+bench-gpu-fit:
+	PYTHONPATH=.:kernels $(PYTHON) benchmarks/fit_gpu.py --json $(BENCH_GPU_FIT_JSON)
 
 # Installed again when what is asked for has changed.
 $(STAMP): pyproject.toml constraints.txt

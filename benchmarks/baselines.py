@@ -280,7 +280,7 @@ def _step_settings(setup: StepSetup) -> dict[str, Any]:
         **_common_settings(setup.folder, setup.max_length, use_cpu=setup.device == "cpu"),
         "per_device_train_batch_size": setup.pairs_per_step,
         "beta": setup.beta,
-        "gradient_checkpointing": False,
+        "gradient_checkpointing": False,  # a model that checkpoints already goes on doing so
         "bf16": setup.is_bf16,
         "fp16": False,
     }

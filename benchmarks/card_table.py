@@ -8,9 +8,9 @@ allocator.
 
 import argparse
 import tempfile
-from typing import Any
 
 import torch
+from llama_shapes import shape_config
 from protocol import note, print_table
 
 from lite_orpo.cli.plan import GIB, on_the_card
@@ -20,39 +20,14 @@ from lite_orpo.data.row_batch import PlannedPair
 from lite_orpo.data.tree_rows import tree_row_batch
 from lite_orpo.memory_plan import MemoryPlan, plan_memory
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "1B": {
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "tie_word_embeddings": True,
-    },
-    "3B": {
-        "hidden_size": 3072,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 24,
-        "tie_word_embeddings": True,
-    },
-    "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32},
-}
-COMMON = {
-    "vocab_size": 128_256,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 8192,
-    "tie_word_embeddings": False,
-}
 PAIR = PlannedPair([1] * 256, [2] * 128, [3] * 128, is_scored=True)
 CARDS = (6, 8, 12, 16, 24, 48)
 
 
 def plan_of(shape: str, bits: int, tokens: int) -> MemoryPlan:
     """The plan of one model, in 4 or 16 bits, with rows of so many tokens."""
-    from transformers import LlamaConfig
-
     with tempfile.TemporaryDirectory() as folder:
-        LlamaConfig(**{**COMMON, **SHAPES[shape]}).save_pretrained(folder)
+        shape_config(shape).save_pretrained(folder)
         args = ORPOConfig(
             output_dir=folder, use_cpu=True, bf16=True, gradient_checkpointing=True,
             optim="paged_adamw_8bit", report_to="none",
@@ -68,7 +43,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="*", default=[2048, 4096, 8192])
     options = parser.parse_args()
     lines = []
-    for shape in SHAPES:
+    for shape in ("1B", "3B", "8B"):
         for bits in (4, 16):
             for tokens in options.tokens:
                 note(f"{shape}, {bits} bits, {tokens} tokens")

@@ -107,8 +107,8 @@ def _trainer(
     is_bf16 = specification["dtype"] == "bf16"
     setup = baselines.StepSetup(
         model=_model(specification["model"], is_bf16),
-        tokenizer=_tokenizer(VOCABULARIES[specification["model"]]),
-        pairs=_texts(counts, VOCABULARIES[specification["model"]]),
+        tokenizer=word_tokenizer(VOCABULARIES[specification["model"]]),
+        pairs=random_texts(counts, VOCABULARIES[specification["model"]]),
         pairs_per_step=specification["pairs"],
         beta=BETA,
         max_length=POSITIONS,
@@ -156,7 +156,8 @@ def _model(name: str, is_bf16: bool) -> Any:
     return model
 
 
-def _tokenizer(vocabulary: int) -> Any:
+def word_tokenizer(vocabulary: int) -> Any:
+    """A tokenizer with a word for every id."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -172,7 +173,8 @@ def _tokenizer(vocabulary: int) -> Any:
     )
 
 
-def _texts(counts: list[PairLength], vocabulary: int) -> list[dict[str, str]]:
+def random_texts(counts: list[PairLength], vocabulary: int) -> list[dict[str, str]]:
+    """Pairs of random words with exactly these token counts."""
     generator = random.Random(0)
 
     def text(tokens: int) -> str:

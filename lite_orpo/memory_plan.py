@@ -18,6 +18,7 @@ from .config.options import LoraOptions, ModelOptions
 from .config.orpo_config import ORPOConfig
 from .data.row_batch import RowBatch
 from .errors import ModelError
+from .model.adapter import no_needless_casts
 from .model.head import backbone_of, innermost_causal_lm
 from .model.host_memory import OFFLOADING_DEVICES, refuse_embedding_on_host
 from .model.memory_trace import TrunkMemory, fake_weights, trace_trunk
@@ -203,7 +204,8 @@ def _trace(model: Any, args: ORPOConfig, row: RowBatch, offloads: bool) -> Trunk
             hidden: torch.Tensor = output.last_hidden_state
             return hidden
 
-        with attention_of_trees(causal_lm, TREE_SDPA) if is_tree else nullcontext():
+        attending = attention_of_trees(causal_lm, TREE_SDPA) if is_tree else nullcontext()
+        with attending, no_needless_casts(model, is_autocast=half is not None):
             try:
                 return trace_trunk(run, offloads=offloads)
             except Exception as error:  # noqa: BLE001 (whatever the architecture's code raises)

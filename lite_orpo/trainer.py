@@ -44,6 +44,7 @@ from .setup import (
     prepare_model,
     resolve_tokenizer,
 )
+from .step_context import step_context
 from .throughput import Throughput
 
 
@@ -128,9 +129,8 @@ class ORPOTrainer(Trainer):
         tokens, ranks = self.planner.max_tokens_per_row, args.world_size
         self.room = RowRoom(tokens, "a step", ranks, "set gradient_checkpointing: true")
         self._evaluation_room = RowRoom(tokens, "the evaluation", ranks, "close other programs")
-        self._train_parts = empty_parts(self.args.device)
+        self._train_parts, self._eval_parts = empty_parts(args.device), empty_parts(args.device)
         self._throughput = Throughput()
-        self._eval_parts = empty_parts(self.args.device)
         self._eval_counts = torch.zeros(2, device=self.args.device)
 
     # ---- data ----
@@ -221,7 +221,7 @@ class ORPOTrainer(Trainer):
         """Loss and reported parts of a step's rows; their gradients are in the parameters."""
         total = torch.zeros((), device=self.args.device)
         all_parts = empty_parts(self.args.device)
-        with self.sharing.attending(self.model):
+        with step_context(self):
             for number, row in enumerate(rows):
                 # A sharded model reduces each row's gradients: only whole ones could wait.
                 reduces = number == len(rows) - 1 or self.equal_rows
@@ -302,7 +302,7 @@ class ORPOTrainer(Trainer):
 
         def score(rows: list[RowBatch]) -> Tensor:
             parts = empty_parts(self.args.device)
-            with torch.no_grad(), self.sharing.attending(self.model):
+            with torch.no_grad(), step_context(self):
                 for row in rows:
                     with self.compute_loss_context_manager():
                         parts += self._score(model, row, nll_tokens=1.0, pairs=1.0)[1]
@@ -311,7 +311,7 @@ class ORPOTrainer(Trainer):
         self._eval_parts += self._evaluation_room.make(plan(), score, plan)[0]
         counts = [self.planner.count_nll_tokens(pairs), len(pairs)]
         self._eval_counts += torch.tensor(counts, device=self._eval_counts.device)
-        # Trainer wants a batch loss; ours for the set replaces its mean of means below.
+        # Trainer wants a batch loss; the figures of the whole set are made below.
         return torch.zeros((), device=self.args.device), None, None
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:

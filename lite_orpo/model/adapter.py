@@ -123,6 +123,29 @@ def adapter_switched_off(model: Any) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def no_needless_casts(model: Any, *, is_autocast: bool) -> Iterator[None]:
+    """Keep PEFT from copying a layer's input to fp32 where autocast casts it back at once.
+
+    Under autocast an adapter's fp32 weights are cast for the product anyway. PEFT casts the input
+    to fp32 first: each LoRA layer then keeps a copy of its own for the backward pass. The values
+    are the same with and without, since every half is an fp32 number. DoRA computes its norm
+    from that input, so it is left as it is.
+
+    Args:
+        model: any model; must hold for the backward pass too, where layers are recomputed.
+        is_autocast: whether the passes run under autocast.
+    """
+    adapters = getattr(model, "peft_config", {}).values()
+    if not is_autocast or not adapters or any(getattr(a, "use_dora", False) for a in adapters):
+        yield
+        return
+    from peft.helpers import disable_input_dtype_casting
+
+    with disable_input_dtype_casting(model):
+        yield
+
+
 def trainable_parameters(model: nn.Module) -> tuple[int, int]:
     """Count of trainable parameters, and of all.
 

@@ -27,6 +27,7 @@ RANK = {
     "lite_orpo.ranks": 4,
     "lite_orpo.row_choice": 4,
     "lite_orpo.setup": 4,
+    "lite_orpo.step_context": 4,
     "lite_orpo.row_budget": 6,
     "lite_orpo.trainer": 7,
     "lite_orpo.report": 8,

@@ -239,7 +239,8 @@ def rejected_logps(model, pairs, sharing):
     return {number: logps[row.completion_ids == number] for number in range(2 * len(pairs))}
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "mistral window", "gpt_oss", "gpt2"])
+# Not a mixture of experts: how its products round goes by how many tokens an expert gets.
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mistral window", "qwen3", "gpt2"])
 @pytest.mark.parametrize("changed", [0, 1, 2, 3])
 def test_changing_one_completion_leaves_every_other_bitwise_as_it_was(family, changed):
     model = with_lora(exact_model(family)).eval()
