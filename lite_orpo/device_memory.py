@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+_CGROUP = Path("/sys/fs/cgroup")
 _STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -18,7 +19,8 @@ def free_bytes(device: torch.device) -> int:
         return int(torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory())
     import psutil
 
-    return int(psutil.virtual_memory().available)
+    available, left = int(psutil.virtual_memory().available), _left_to_container()
+    return available if left is None else min(available, left)
 
 
 def peak_bytes(device: torch.device) -> int | None:
@@ -27,7 +29,7 @@ def peak_bytes(device: torch.device) -> int | None:
     """
     if device.type == "cuda":
         return int(torch.cuda.max_memory_reserved(device))
-    return _kibibytes("VmHWM") * 1024 if device.type == "cpu" and _STATUS.exists() else None
+    return _own("VmHWM") if device.type == "cpu" else None
 
 
 class PeakMemory:
@@ -43,7 +45,7 @@ class PeakMemory:
             # its whole life, and getrusage's is even inherited from the process that started it.
             with contextlib.suppress(OSError):
                 _CLEAR_REFS.write_text("5")
-                self._before = _kibibytes("VmRSS") * 1024
+                self._before = _own("VmRSS")
 
     def beyond(self) -> int | None:
         """Bytes of a CPU's process beyond what it held at the beginning; None if not known."""
@@ -57,6 +59,19 @@ class PeakMemory:
         return None
 
 
-def _kibibytes(name: str) -> int:
-    lines = _STATUS.read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+def _own(name: str) -> int | None:
+    """Bytes that the system says of this process; None where it says nothing (no Linux)."""
+    try:
+        lines = _STATUS.read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(x.split()[1]) * 1024 for x in lines if x.startswith(f"{name}:")), None)
+
+
+def _left_to_container() -> int | None:
+    """Bytes that a container may still take; None where it has no limit of its own."""
+    try:
+        most = int((_CGROUP / "memory.max").read_text())
+        return max(most - int((_CGROUP / "memory.current").read_text()), 0)
+    except (OSError, ValueError):  # no such file, or "max"
+        return None

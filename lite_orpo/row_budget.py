@@ -67,10 +67,12 @@ def _that_fit(trainer: Any, planner: RowPlanner, dataset: Any) -> tuple[int, str
     twin = twin_of_model(trainer.model, checkpointing=args.is_checkpointing)
     pairs = args.per_device_train_batch_size * args.gradient_accumulation_steps
     room = _SHARE_OF_FREE * free_bytes(args.device)
+    if args.device.type == "cpu":
+        room /= args.world_size  # ranks share the system's memory
 
     def plan_for(tokens: int) -> MemoryPlan:
         row = largest_row(planner._replace(max_tokens_per_row=tokens), dataset, pairs)
-        return plan_of_twin(twin, args, row, args.device)
+        return plan_of_twin(twin, args, row, args.device, is_fused=trainer.head.is_fused)
 
     def to_come(plan: MemoryPlan) -> int:
         return plan.training + plan.step

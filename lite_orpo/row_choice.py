@@ -5,10 +5,11 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
+from .config.orpo_config import ORPOConfig
 from .data.row_tokens import RowTokens, count_row_tokens
 from .errors import ModelError
 from .model.head import innermost_causal_lm
-from .model.prefix_sharing import PrefixSharing, decide_prefix_sharing
+from .model.prefix_sharing import PrefixSharing, decide_prefix_sharing, static_refusal
 
 logger = logging.getLogger(__name__)
 
@@ -52,14 +53,27 @@ def _decide(trainer: Any) -> PrefixSharing:
             trainer.model,
             attention=args.tree_attention,
             max_length=trainer.length_rule.max_length,
-            run_refusals=list(_run_refusals(trainer)),
+            run_refusals=list(_run_refusals(trainer.args, is_compiled=_is_compiled(trainer))),
         )
 
 
-def _run_refusals(trainer: Any) -> Iterator[str]:
-    if _is_compiled(trainer):
+def expects_packed_rows(model: Any, args: ORPOConfig, max_length: int | None) -> bool:
+    """Whether packed rows are to be expected of a model without data: by rules, without a probe.
+
+    Args:
+        model: on any device, its weights are not looked at.
+        args: training arguments.
+        max_length: the longest sequence.
+    """
+    if args.prefix_sharing == "off" or any(_run_refusals(args, is_compiled=args.torch_compile)):
+        return False
+    return static_refusal(model, max_length) is None
+
+
+def _run_refusals(args: ORPOConfig, *, is_compiled: bool) -> Iterator[str]:
+    if is_compiled:
         yield "torch.compile would compile anew for every row's layout"
-    if trainer.args.neftune_noise_alpha is not None:
+    if args.neftune_noise_alpha is not None:
         yield "NEFTune's noise goes by the length of the row"
 
 

@@ -14,7 +14,7 @@ from .data.preparation import LengthRule
 from .errors import ConfigError, ModelError
 from .model.adapter import disable_dropout, refuse_virtual_tokens, wrap_with_adapter
 from .model.head import innermost_causal_lm
-from .model.host_memory import keep_embedding_on_host
+from .model.host_memory import place_embedding
 from .model.load import load_model, load_tokenizer, refuse_encoder_decoder
 from .model.quantization import keep_gradients_on_cpu, refuse_untrainable
 
@@ -126,22 +126,26 @@ def prepare_model(model: Any, args: ORPOConfig, peft_config: Any) -> Any:
     if peft_config is not None:
         model = wrap_with_adapter(model, peft_config)
     refuse_untrainable(model)
-    if args.offload_embedding:
-        keep_embedding_on_host(model)
+    place_embedding(model, on_host=args.offload_embedding)
     keep_gradients_on_cpu(model)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         remedy = "pass a peft_config"
         if causal_lm is not model:
             remedy = "load the adapter with PeftModel.from_pretrained(..., is_trainable=True)"
         raise ModelError(f"no parameter of the model is trainable; {remedy}")
-    _check_trained_dtypes(model)
+    check_trained_dtypes(model)
     if args.gradient_checkpointing and hasattr(model, "enable_input_require_grads"):
         # A frozen embedding cuts the graph in front of the first checkpoint.
         model.enable_input_require_grads()
     return model
 
 
-def _check_trained_dtypes(model: Any) -> None:
+def check_trained_dtypes(model: Any) -> None:
+    """Refuse weights that train in fp16, and warn of those in bf16.
+
+    Raises:
+        ModelError: see above.
+    """
     dtypes = {p.dtype for p in model.parameters() if p.requires_grad}
     remedy = "load the model with dtype=torch.float32, or train an adapter"
     if torch.float16 in dtypes:

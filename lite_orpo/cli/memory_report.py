@@ -6,7 +6,6 @@ from rich.console import Console
 
 from ..config.run_config import RunConfig
 from ..data.largest_row import largest_row
-from ..errors import ModelError
 
 
 def print_memory(
@@ -38,14 +37,14 @@ def print_memory(
 
 
 def _foreseen(config: RunConfig, trainer: Any, *, in_all: bool) -> tuple[int | None, str]:
-    # Imported when it is asked for: PyTorch's fake tensors take 100 MiB for themselves.
-    from ..memory_plan import plan_memory
-
     args = config.training
     pairs = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    row = largest_row(trainer.planner, trainer.train_dataset, pairs)
     try:
+        # Imported when it is asked for: PyTorch's fake tensors take 100 MiB for themselves.
+        from ..memory_plan import plan_memory
+
+        row = largest_row(trainer.planner, trainer.train_dataset, pairs)
         plan = plan_memory(config.model, config.lora, args, row, args.device)
-    except ModelError as error:
-        return None, str(error)
+    except Exception as error:  # noqa: BLE001 (the run is done and saved: nothing may fail it now)
+        return None, (str(error) or type(error).__name__).splitlines()[0]
     return (plan.total if in_all else plan.training + plan.step), ""

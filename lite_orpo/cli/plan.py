@@ -6,6 +6,7 @@ row decides.
 
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,15 +16,18 @@ from rich.table import Table
 from rich.text import Text
 
 from ..config.run_config import RunConfig, load_run_config
-from ..config.yaml_file import Setting
+from ..config.yaml_file import Setting, read_settings
 from ..data.largest_row import largest_row, longest_pair
-from ..data.preparation import LengthRule, prepare_pairs
+from ..data.preparation import prepare_pairs
 from ..data.row_batch import RowBatch
 from ..data.step_plan import RowPlanner
 from ..errors import ConfigError, ModelError
-from ..memory_plan import MemoryPlan, may_share_prefixes, plan_memory, row_tokens_that_fit
+from ..memory_plan import MemoryPlan, plan_of_twin, row_tokens_that_fit, twin_of_run
 from ..model.load import load_tokenizer
+from ..model.meta_twin import MetaTwin
 from ..row_budget import most_tokens
+from ..row_choice import expects_packed_rows
+from ..setup import length_rule
 from .train import open_sources, quiet_libraries
 
 GIB = 2**30
@@ -51,18 +55,15 @@ def show_plan(path: Path, overrides: dict[str, Setting], vram: float | None) -> 
     Raises:
         UserError: anything the user can mend, in one line.
     """
-    if vram is not None and not vram > 0:
+    if vram is not None and not 0 < vram < float("inf"):
         raise ConfigError(f"--vram must be a positive number of GiB, found {vram:g}")
     console = Console()
     quiet_libraries(console)
-    config = load_run_config(path, overrides)
-    device = config.training.device
-    if vram is not None and device.type != "cuda":
-        device, config = torch.device("cuda"), _as_on_a_gpu(config)
+    config, device = _config_for(path, overrides, is_for_a_card=vram is not None)
     limit = _limit(vram, device)
-    pairs = _pairs(config)
+    plans = _Plans(config, device, limit)
     with console.status("Passing a row without data through the model's layers"):
-        planned = _plan(config, pairs, device, limit)
+        planned = plans.of(config)
     _print_plan(console, config, planned, device)
     if limit is None:
         console.print("Give --vram GIB to see whether it fits on a card.")
@@ -76,27 +77,37 @@ def show_plan(path: Path, overrides: dict[str, Setting], vram: float | None) -> 
     console.print(
         Text(f"Does not fit in {limit / GIB:g} GiB: {needed / GIB:.1f} GiB are needed (computed, "
              "not measured).", style="bold red"), soft_wrap=True)  # fmt: skip
-    _print_advice(console, config, pairs, device, planned, limit)
+    _print_advice(console, config, plans, planned, limit)
 
 
-def _as_on_a_gpu(config: RunConfig) -> RunConfig:
-    """What a GPU with bf16 would make of the settings that follow the device."""
-    settings: dict[str, Any] = {}
-    if not {"bf16", "fp16"} & set(config.given):
-        settings["bf16"] = True
+def _config_for(
+    path: Path, overrides: dict[str, Setting], *, is_for_a_card: bool
+) -> tuple[RunConfig, torch.device]:
+    """The configuration and the device that the run is planned for.
+
+    For a card that is not here, settings that only a GPU can have are kept from the checks of
+    this machine, and those that follow the device are as a GPU with bf16 would make them.
+    """
+    if not is_for_a_card or torch.cuda.is_available():
+        config = load_run_config(path, overrides)
+        return config, config.training.device
+    where = f"planned for a card (--vram), {path}"
+    written = {**read_settings(path), **overrides}
+    halves: dict[str, Any] = {
+        name: written[name].value for name in ("bf16", "fp16") if name in written
+    }
+    unset: dict[str, Setting] = {name: Setting(None, where) for name in halves}
+    config = load_run_config(path, {**overrides, **unset})
+    bf16, fp16 = bool(halves.get("bf16")), bool(halves.get("fp16"))
+    settings: dict[str, Any] = {"bf16": bf16 or (not fp16 and "bf16" not in halves), "fp16": fp16}
     if not {"gradient_checkpointing", "activation_checkpointing"} & set(config.given):
         settings["gradient_checkpointing"] = True
     model = config.model
     if model.dtype == "auto":
-        model = replace(model, dtype="bfloat16" if config.lora.use_peft else "float32")
-    return config._replace(model=model, training=_with(config.training, **settings))
-
-
-def _pairs(config: RunConfig) -> Any:
-    args = config.training
-    rule = LengthRule(args.max_length, args.overlong_rows)
-    source = open_sources(config).train
-    return prepare_pairs(source, load_tokenizer(config.model), rule, args.on_bad_row).dataset
+        half = "float16" if fp16 else "bfloat16"
+        model = replace(model, dtype=half if config.lora.use_peft else "float32")
+    changed = config._replace(model=model, training=_with(config.training, **settings))
+    return changed, torch.device("cuda")
 
 
 class _Planned(NamedTuple):
@@ -107,29 +118,52 @@ class _Planned(NamedTuple):
     max_tokens: int
 
 
-def _plan(
-    config: RunConfig, pairs: Any, device: torch.device, limit: float | None = None
-) -> _Planned:
-    """The plan of a configuration; `limit` in bytes is what `max_tokens_per_row: auto` goes by."""
-    args = config.training
-    shares = may_share_prefixes(config.model, config.lora, args)
-    planner = RowPlanner(0, args.nll_tokens, most_tokens(device.type), shares)
-    in_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
+class _Plans:
+    """Plans of one run's pairs under changing settings."""
 
-    def row_of(tokens: int) -> RowBatch:
-        return largest_row(planner._replace(max_tokens_per_row=tokens), pairs, in_step)
+    def __init__(self, config: RunConfig, device: torch.device, limit: float | None) -> None:
+        args = config.training
+        twin = twin_of_run(config.model, config.lora, args, device)
+        rule = length_rule(twin.model, args)
+        source = open_sources(config).train
+        tokenizer = load_tokenizer(config.model)
+        self._pairs = prepare_pairs(source, tokenizer, rule, args.on_bad_row).dataset
+        self._max_length = rule.max_length
+        self.device = device
+        self._limit = limit
 
-    def plan_for(tokens: int) -> MemoryPlan:
-        return plan_memory(config.model, config.lora, args, row_of(tokens), device)
+    def of(self, config: RunConfig) -> _Planned:
+        """The plan of a configuration; with `max_tokens_per_row: auto`, of what fits best."""
+        args = config.training
+        twin = twin_of_run(config.model, config.lora, args, self.device)
+        planner = self._planner(config, twin)
+        in_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
 
-    if args.max_tokens_per_row != "auto":
-        tokens = int(args.max_tokens_per_row)
-        return _Planned(plan_for(tokens), row_of(tokens), tokens)
-    most, least = planner.max_tokens_per_row, longest_pair(planner, pairs)
-    tokens, memory = row_tokens_that_fit(
-        plan_for, lambda plan: limit is None or on_the_card(plan) <= limit, most, least
-    )
-    return _Planned(memory, row_of(tokens), tokens)
+        def row_of(tokens: int) -> RowBatch:
+            return largest_row(planner._replace(max_tokens_per_row=tokens), self._pairs, in_step)
+
+        def plan_for(tokens: int) -> MemoryPlan:
+            return plan_of_twin(twin, args, row_of(tokens), self.device)
+
+        def fits(plan: MemoryPlan) -> bool:
+            return self._limit is None or on_the_card(plan) <= self._limit
+
+        if args.max_tokens_per_row != "auto":
+            tokens = int(args.max_tokens_per_row)
+            return _Planned(plan_for(tokens), row_of(tokens), tokens)
+        least = longest_pair(planner, self._pairs)
+        tokens, memory = row_tokens_that_fit(plan_for, fits, planner.max_tokens_per_row, least)
+        return _Planned(memory, row_of(tokens), tokens)
+
+    def longest_pair(self, config: RunConfig) -> int:
+        """Positions of the longest pair's own row."""
+        twin = twin_of_run(config.model, config.lora, config.training, self.device)
+        return longest_pair(self._planner(config, twin), self._pairs)
+
+    def _planner(self, config: RunConfig, twin: MetaTwin) -> RowPlanner:
+        shares = expects_packed_rows(twin.model, config.training, self._max_length)
+        most = most_tokens(self.device.type)
+        return RowPlanner(0, config.training.nll_tokens, most, shares)
 
 
 def _positions(row: RowBatch) -> int:
@@ -178,8 +212,7 @@ def _print_plan(
 def _print_advice(
     console: Console,
     config: RunConfig,
-    pairs: Any,
-    device: torch.device,
+    plans: _Plans,
     planned: _Planned,
     limit: float,
 ) -> None:
@@ -187,11 +220,11 @@ def _print_advice(
     # From here on the budget of rows is one of the things to change.
     config = _changed(config, training={"max_tokens_per_row": planned.max_tokens})
     before = on_the_card(planned.memory)
-    for change in _changes(config, pairs, device):
+    for change in _changes(config, plans):
         tried = _changed(config, change.training, change.model)
         try:
             with console.status(f"Trying {change.text}"):
-                needed = on_the_card(_plan(tried, pairs, device).memory)
+                needed = on_the_card(plans.of(tried).memory)
         except ModelError:
             continue  # not for this model: an embedding that is the head too
         if needed > 0.98 * before:
@@ -204,31 +237,33 @@ def _print_advice(
     console.print("  a shorter max_length, or a smaller model")
 
 
-def _changes(config: RunConfig, pairs: Any, device: torch.device) -> Iterator[_Change]:
+def _changes(config: RunConfig, plans: _Plans) -> Iterator[_Change]:
     """Settings that take less memory, those first that change nothing of the result."""
     args = config.training
     if not args.is_checkpointing:
         yield _Change(
             "gradient_checkpointing: true (a third more time)", {"gradient_checkpointing": True}
         )
-    shares = may_share_prefixes(config.model, config.lora, args)
     tokens = int(args.max_tokens_per_row)
-    longest = longest_pair(RowPlanner(0, args.nll_tokens, tokens, shares), pairs)
+    longest = plans.longest_pair(config)
     while tokens > longest:
         tokens = max(tokens // 2, longest)
         yield _Change(
             f"max_tokens_per_row: {tokens} (the same result, slower)",
             {"max_tokens_per_row": tokens},
         )
-    if device.type == "cuda":
+    if plans.device.type == "cuda":
         yield _Change(
             "offload_embedding: true (the same result, a little slower)",
             {"offload_embedding": True},
         )
-        yield _Change(
-            "activation_offloading: true (the same result, slower)",
-            {"activation_offloading": True},
-        )
+        if find_spec("trl") is not None:
+            yield _Change(
+                "activation_offloading: true (the same result, slower)",
+                {"activation_offloading": True},
+            )
+    if find_spec("bitsandbytes") is None:
+        return
     if "8bit" not in str(getattr(args.optim, "value", args.optim)):
         yield _Change("optim: adamw_8bit", {"optim": "adamw_8bit"})
     if config.lora.use_peft and not config.model.load_in_4bit:

@@ -1,7 +1,10 @@
-"""The row that takes the most memory in a run, from the lengths of its pairs alone."""
+"""The row that takes the most memory in a run, from the lengths of its pairs alone.
 
-from collections.abc import Iterator
-from itertools import islice
+The order of an epoch is not known beforehand, so it is not asked which rows there will be, but
+which there may be: any pairs of the data set can meet in a step.
+"""
+
+from collections.abc import Sequence
 from typing import Any
 
 from .row_batch import PlannedPair, RowBatch
@@ -10,12 +13,13 @@ from .step_plan import RowPlanner
 
 Lengths = tuple[int, int, int]
 
+# Packed rows are filled from the longest pair down, and again without the longest of all, and
+# so on: how often. Which pairs fill a row best is a knapsack; this finds a row nearly full.
+_ATTEMPTS = 32
+
 
 def largest_row(planner: RowPlanner, dataset: Any, pairs_per_step: int) -> RowBatch:
-    """Find the row with the most positions.
-
-    The order of an epoch is not known beforehand: looked at are the steps in the data's own order
-    and one step of the longest pairs, which is as much as any step can hold.
+    """Build the largest row that some order of the data can give.
 
     Args:
         planner: how pairs become rows.
@@ -23,16 +27,19 @@ def largest_row(planner: RowPlanner, dataset: Any, pairs_per_step: int) -> RowBa
         pairs_per_step: pairs of an optimiser step on this rank.
 
     Returns:
-        A row batch of that shape; all its token ids are 0.
+        A row batch of that shape; all its token ids are 0. Packed rows may come to a few tokens
+        more in an order that fills them better.
     """
-    lengths = list(pair_lengths(dataset))
-    longest = sorted(lengths, key=sum, reverse=True)[:pairs_per_step]
-    rows = (
-        row
-        for step in (longest, *_in_steps(lengths, pairs_per_step))
-        for row in planner.group([_pair_of(pair) for pair in step])
-    )
-    return planner.row_batch(max(rows, key=planner.positions))
+    lengths = sorted(pair_lengths(dataset), key=sum, reverse=True)
+    if planner.shares_prefixes:
+        candidates = (
+            _filled(lengths[first:], planner.max_tokens_per_row, pairs_per_step)
+            for first in range(min(_ATTEMPTS, len(lengths)))
+        )
+        chosen = max(candidates, key=lambda row: sum(map(sum, row)))
+    else:
+        chosen = _most_padded(lengths, planner.max_tokens_per_row, pairs_per_step)
+    return planner.row_batch([_pair_of(pair) for pair in chosen])
 
 
 def longest_pair(planner: RowPlanner, dataset: Any) -> int:
@@ -40,10 +47,31 @@ def longest_pair(planner: RowPlanner, dataset: Any) -> int:
     return max(planner.positions([_pair_of(pair)]) for pair in pair_lengths(dataset))
 
 
-def _in_steps(lengths: list[Lengths], pairs_per_step: int) -> Iterator[list[Lengths]]:
-    remaining = iter(lengths)
-    while step := list(islice(remaining, pairs_per_step)):
-        yield step
+def _filled(lengths: Sequence[Lengths], budget: int, most: int) -> list[Lengths]:
+    row, left = [lengths[0]], budget - sum(lengths[0])
+    for pair in lengths[1:]:
+        if len(row) == most or left <= 0:
+            break
+        if sum(pair) <= left:
+            row.append(pair)
+            left -= sum(pair)
+    return row
+
+
+def _most_padded(lengths: Sequence[Lengths], budget: int, most: int) -> list[Lengths]:
+    """Pairs of a padded row: all are padded to the first, which has the longest sequence."""
+    by_longest = sorted(lengths, key=_longest, reverse=True)
+
+    def count(first: int) -> int:
+        fitting = budget // (2 * _longest(by_longest[first]))
+        return max(min(fitting, most, len(by_longest) - first), 1)
+
+    first = max(range(len(by_longest)), key=lambda i: count(i) * _longest(by_longest[i]))
+    return by_longest[first : first + count(first)]
+
+
+def _longest(pair: Lengths) -> int:
+    return pair[0] + max(pair[1], pair[2])
 
 
 def _pair_of(lengths: Lengths) -> PlannedPair:

@@ -63,12 +63,13 @@ def disable_dropout(model: nn.Module) -> None:
                 setattr(module, rate, 0.0)
 
 
-def wrap_with_adapter(model: Any, peft_config: Any) -> Any:
+def wrap_with_adapter(model: Any, peft_config: Any, name: str = "default") -> Any:
     """Put an adapter on a model.
 
     Args:
         model: a transformers model, not yet wrapped.
         peft_config: a PEFT configuration that keeps one hidden state per input token.
+        name: what PEFT calls the adapter.
 
     Returns:
         The PeftModel.
@@ -95,7 +96,7 @@ def wrap_with_adapter(model: Any, peft_config: Any) -> Any:
         if wanted.split(".")[-1] not in names:
             raise ModelError(f"modules_to_save: {type(model).__name__} has no module {wanted!r}")
     try:
-        return get_peft_model(model, peft_config)
+        return get_peft_model(model, peft_config, adapter_name=name)
     except (ValueError, TypeError, RuntimeError) as error:
         first_line = (str(error) or type(error).__name__).splitlines()[0]
         quantised = " with quantised weights" if getattr(model, "is_quantized", False) else ""
@@ -121,6 +122,16 @@ def adapter_switched_off(model: Any) -> Iterator[None]:
         raise ModelError("the model has no adapter to switch off")
     with disable():
         yield
+
+
+def base_layer(module: Any) -> Any:
+    """The layer inside PEFT's wrappers of it."""
+    while True:
+        inner = getattr(module, "original_module", None)
+        inner = getattr(module, "base_layer", None) if inner is None else inner
+        if inner is None:
+            return module
+        module = inner
 
 
 @contextlib.contextmanager

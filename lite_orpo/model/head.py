@@ -95,9 +95,7 @@ class ScoredHead:
         """
         index, targets = score_rows
         if self.transform is None:
-            output = self._own_forward(*args, use_cache=False, **kwargs)
-            rows = output.logits.flatten(0, 1).index_select(0, index)
-            return logprobs_from_logits(rows, targets)
+            return full_logits_log_probs(self._own_forward, score_rows, args, kwargs)
         output = backbone_of(self.causal_lm)(*args, use_cache=False, **_forbackbone_of(kwargs))
         rows = output.last_hidden_state.flatten(0, 1).index_select(0, index)
         parts = parts_of_head(self.causal_lm.get_output_embeddings())
@@ -169,6 +167,22 @@ def attach_scored_head(
     causal_lm.forward = types.MethodType(forward, causal_lm)
     object.__setattr__(causal_lm, "_lite_orpo_head", head)
     return head
+
+
+def full_logits_log_probs(
+    forward: Callable[..., Any], score_rows: tuple[Tensor, Tensor], args: Any, kwargs: Any
+) -> Tensor:
+    """The log-probabilities [M] of `ScoredHead.log_probs`, from a model's own full logits."""
+    index, targets = score_rows
+    logits = forward(*args, use_cache=False, **kwargs).logits
+    return logprobs_from_logits(logits.flatten(0, 1).index_select(0, index), targets)
+
+
+def may_be_fused(model: Any) -> bool:
+    """Whether the head's parts are known; a transform that is not may still be in the way."""
+    causal_lm = innermost_causal_lm(model)
+    head = causal_lm.get_output_embeddings()
+    return parts_of_head(head) is not None and backbone_of(causal_lm) is not causal_lm
 
 
 def innermost_causal_lm(model: Any) -> Any:

@@ -54,7 +54,7 @@ def load_model(options: ModelOptions, device: torch.device, *, trains_all_weight
     if options.attn_implementation is not None:
         extra["attn_implementation"] = options.attn_implementation
     dtype = weight_dtype(options.dtype, device, trains_all_weights=trains_all_weights)
-    with _loading(name, "model"):
+    with loading(name, "model"):
         quantized = quantization_config(options, config, device, dtype)
         if quantized is not None:
             extra["quantization_config"] = quantized
@@ -81,7 +81,7 @@ def load_config(options: ModelOptions) -> Any:
     from transformers import AutoConfig
 
     name = _required_name(options)
-    with _loading(name, "model"):
+    with loading(name, "model"):
         config = AutoConfig.from_pretrained(
             name, revision=options.model_revision, trust_remote_code=options.trust_remote_code
         )
@@ -99,7 +99,7 @@ def load_tokenizer(options: ModelOptions) -> Any:
     from transformers import AutoTokenizer
 
     name = _required_name(options)
-    with _loading(name, "tokenizer"):
+    with loading(name, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(
             name, revision=options.model_revision, trust_remote_code=options.trust_remote_code
         )
@@ -134,7 +134,8 @@ def _required_name(options: ModelOptions) -> str:
 
 
 @contextlib.contextmanager
-def _loading(name: str, what: str) -> Iterator[None]:
+def loading(name: str, what: str) -> Iterator[None]:
+    """Turn what transformers raises for a name that it cannot load into our one line."""
     try:
         yield
     except (OSError, ValueError) as error:

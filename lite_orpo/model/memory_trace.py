@@ -1,4 +1,4 @@
-"""What a pass through the trunk holds in memory, found by running it on tensors without data.
+"""What a pass through a model holds in memory, found by running it on tensors without data.
 
 The model's own code runs under PyTorch's fake tensors: every operation gives shapes and storages
 of the true sizes, none is computed. Storages are counted from birth to death, so activation
@@ -10,7 +10,7 @@ Legend: T tokens of a row, MiB = 2^20 bytes.
 
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -24,8 +24,8 @@ from .host_memory import COPIES_UNDER_WAY, OFFLOADED_FROM
 from .tree_segments import forget_layouts
 
 
-class TrunkMemory(NamedTuple):
-    """Bytes beyond the model's own, over one forward and backward pass of the trunk."""
+class PassMemory(NamedTuple):
+    """Bytes beyond the model's own and its gradients, over one forward and backward pass."""
 
     kept: int
     """Held between forward and backward: what the backward pass needs."""
@@ -43,7 +43,7 @@ class _LiveStorages(TorchDispatchMode):
         self.live = 0
         self.peak = 0
         self.on_host = 0
-        self._known: set[int] = set()
+        self._sizes: dict[int, int] = {}
         self._makes_on_host = False
 
     def __torch_dispatch__(
@@ -58,23 +58,21 @@ class _LiveStorages(TorchDispatchMode):
 
     def _count(self, made: Tensor, inputs: set[int]) -> None:
         key = _storage_of(made)
-        if key in inputs or key in self._known:
+        if key in inputs or key in self._sizes:
             return  # a view, or written in place
         storage = made.untyped_storage()
-        size = storage.nbytes()
-        self._known.add(key)
+        weakref.finalize(storage, self.leave_out, key)
         if self._makes_on_host:
-            self.on_host += size
-            weakref.finalize(storage, self._known.discard, key)
+            self._sizes[key] = 0
+            self.on_host += storage.nbytes()
             return
-        self.live += size
+        self._sizes[key] = storage.nbytes()
+        self.live += storage.nbytes()
         self.peak = max(self.peak, self.live)
 
-        def freed() -> None:
-            self._known.discard(key)
-            self.live -= size
-
-        weakref.finalize(storage, freed)
+    def leave_out(self, key: int) -> None:
+        """Count a storage no longer: it is freed, or belongs to something else from now on."""
+        self.live -= self._sizes.pop(key, 0)
 
     def offloading(self) -> saved_tensors_hooks:
         """Count what the backward pass needs as moved to the host, and back when it is needed."""
@@ -129,19 +127,30 @@ def _fake_like(value: Any, made: dict[int, Any]) -> Any:
     return made[id(value)][0]
 
 
-def trace_trunk(run: Callable[[], Tensor], *, offloads: bool = False) -> TrunkMemory:
+def trace_pass(
+    run: Callable[[], Tensor], trained: Iterable[nn.Parameter], *, offloads: bool = False
+) -> PassMemory:
     """Count one forward and backward pass.
 
     Args:
-        run: the forward pass, within `fake_weights`; returns what goes into the head.
+        run: the forward pass, within `fake_weights`.
+        trained: the parameters that get gradients; those are not counted, they stay.
         offloads: whether what the backward pass needs is moved to the host in between.
 
     Returns:
         Bytes that the pass holds. The output and its gradient are counted in.
     """
     with _LiveStorages() as storages:
+
+        def keeps(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            storages.leave_out(_storage_of(parameter.grad))
+
+        hooks = [p.register_post_accumulate_grad_hook(keeps) for p in trained]
         with storages.offloading() if offloads else nullcontext():
             hidden = run()
         kept = storages.live
         hidden.backward(torch.ones_like(hidden))
-        return TrunkMemory(kept, storages.peak, storages.on_host)
+        for hook in hooks:
+            hook.remove()
+        return PassMemory(kept, storages.peak, storages.on_host)

@@ -5,17 +5,19 @@ from the options of a run before anything is loaded, or from a model that is the
 layers are plain linear layers in it; how many bits they have is said beside it.
 """
 
+import contextlib
 import copy
+import warnings
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
 from ..config.options import LoraOptions, ModelOptions
 from ..errors import ModelError
-from .adapter import lora_config, wrap_with_adapter
+from .adapter import base_layer, lora_config, trainable_parameters, wrap_with_adapter
 from .head import innermost_causal_lm
-from .load import load_config, weight_dtype
+from .load import load_config, loading, weight_dtype
 from .quantization import bits_of_checkpoint, quantization_method, why_no_bitsandbytes
 
 
@@ -59,10 +61,15 @@ def twin_of_options(
     is_asked = options.load_in_4bit or options.load_in_8bit
     if linears.bits is None and is_asked and why_no_bitsandbytes(device) is None:
         linears = Storage(4 if options.load_in_4bit else 8, options.use_bnb_nested_quant)
-    with torch.device("meta"):
+    attention = {}
+    # Flash attention may not be installed here; sdpa takes as little.
+    if options.attn_implementation is not None and "flash" not in options.attn_implementation:
+        attention["attn_implementation"] = options.attn_implementation
+    with loading(str(options.model_name_or_path), "model"), _quietly_on_meta():
         model = AutoModelForCausalLM.from_config(
-            _without_quantization(config), dtype=dtype, trust_remote_code=options.trust_remote_code
-        )
+            _without_quantization(config), dtype=dtype,
+            trust_remote_code=options.trust_remote_code, **attention,
+        )  # fmt: skip
         adapter = lora_config(lora)
         if adapter is not None:
             model = wrap_with_adapter(model, adapter)
@@ -80,24 +87,38 @@ def twin_of_model(model: Any, *, checkpointing: bool) -> MetaTwin:
         ModelError: no twin with the same trainable weights can be made.
     """
     causal_lm = innermost_causal_lm(model)
-    dtype = causal_lm.get_input_embeddings().weight.dtype
+    dtype = base_layer(causal_lm.get_input_embeddings()).weight.dtype
     config = _without_quantization(causal_lm.config)
-    with torch.device("meta"):
-        twin = type(causal_lm)._from_config(config, dtype=dtype)
-        if hasattr(model, "peft_config"):
-            adapter = copy.deepcopy(model.peft_config[model.active_adapter])
-            adapter.inference_mode = False
-            twin = wrap_with_adapter(twin, adapter)
-        else:
-            trains = {name: p.requires_grad for name, p in model.named_parameters()}
-            for name, parameter in twin.named_parameters():
-                parameter.requires_grad_(trains.get(name, False))
-    if _trained_weights(twin) != _trained_weights(model):
+    try:
+        with _quietly_on_meta():
+            twin = type(causal_lm)._from_config(config, dtype=dtype)
+            if hasattr(model, "peft_config"):
+                name = model.active_adapter
+                adapter = copy.deepcopy(model.peft_config[name])
+                adapter.inference_mode = False
+                twin = wrap_with_adapter(twin, adapter, name)
+    except Exception as error:  # noqa: BLE001 (whatever the class's own code raises)
+        first_line = (str(error) or type(error).__name__).splitlines()[0]
         raise ModelError(
-            f"{type(causal_lm).__name__}: what a run takes cannot be counted, because its layers "
-            "are not those of its configuration"
+            f"no {type(causal_lm).__name__} can be made from its configuration alone ({first_line})"
+        ) from error
+    trains = {name: p.requires_grad for name, p in model.named_parameters()}
+    for name, parameter in twin.named_parameters():
+        parameter.requires_grad_(trains.get(name, False))
+    if trainable_parameters(twin) != trainable_parameters(model):
+        raise ModelError(
+            f"{type(causal_lm).__name__} has other weights than its configuration and one adapter "
+            "give"
         )
     return MetaTwin(_as_it_trains(twin, checkpointing), dtype, _storage(causal_lm.config))
+
+
+@contextlib.contextmanager
+def _quietly_on_meta() -> Iterator[None]:
+    """On the meta device, and without PEFT's warnings: they come when the model is loaded."""
+    with warnings.catch_warnings(), torch.device("meta"):
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _as_it_trains(model: Any, checkpointing: bool) -> Any:
@@ -126,7 +147,3 @@ def _without_quantization(config: Any) -> Any:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return config
-
-
-def _trained_weights(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)

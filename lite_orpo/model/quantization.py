@@ -156,7 +156,7 @@ def refuse_untrainable(model: Any) -> None:
     Raises:
         ModelError: see above.
     """
-    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
     method = quantization_method(getattr(base, "config", None))
     if method is None:
         return

@@ -23,16 +23,24 @@ def positions(row):
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.lists(LENGTHS, min_size=1, max_size=12), st.integers(1, 5), st.booleans())
-def test_no_row_of_an_epoch_in_order_is_larger(lengths, pairs_per_step, shares):
+@given(st.lists(LENGTHS, min_size=1, max_size=12), st.integers(1, 5), st.booleans(), st.randoms())
+def test_no_row_of_any_order_is_larger(lengths, pairs_per_step, shares, random):
     planner = RowPlanner(0, "completion", 150, shares)
     pairs = pairs_of(lengths)
-    most = 0
-    for start in range(0, len(pairs), pairs_per_step):
-        most = max(most, *map(positions, planner.plan(pairs[start : start + pairs_per_step])))
-    found = largest_row(planner, pairs, pairs_per_step)
-    assert positions(found) >= most
-    assert positions(found) <= max(150, longest_pair(planner, pairs))
+    found = positions(largest_row(planner, pairs, pairs_per_step))
+    for _ in range(10):
+        random.shuffle(pairs)
+        for start in range(0, len(pairs), pairs_per_step):
+            for row in planner.plan(pairs[start : start + pairs_per_step]):
+                # Packed rows are filled greedily, not best.
+                assert positions(row) <= (1.1 * found if shares else found)
+    assert found <= max(150, longest_pair(planner, pairs))
+
+
+def test_a_long_pair_beside_a_short_one_may_be_more_than_two_long_ones():
+    planner = RowPlanner(0, "completion", 2048, True)
+    pairs = pairs_of([(1000, 200, 200)] * 20 + [(400, 120, 120)] * 20)
+    assert positions(largest_row(planner, pairs, 2)) == 2040
 
 
 @pytest.mark.parametrize("shares", [True, False])

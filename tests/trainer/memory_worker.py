@@ -1,14 +1,17 @@
-"""In a process of its own: what one training step takes beyond what was there before it, in MiB."""
+"""In a process of its own: what training steps take beyond what was there before them, in MiB."""
 
+import gc
 import json
 import resource
 import sys
+import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "data")]
 
 import torch  # noqa: E402
+from accelerate.state import AcceleratorState  # noqa: E402
 from tiny_models import tiny_model, trainer_for, with_lora  # noqa: E402
 
 PROMPT, COMPLETION = 120, 60
@@ -52,12 +55,14 @@ def peak_mib() -> float:
     return int(peak.split()[1]) / 1024
 
 
-def main() -> None:
-    """Arguments: family, its settings and the trainer's as JSON, a folder."""
-    family, model_settings, settings, folder = sys.argv[1:]
-    torch.set_num_threads(1)
-    model = with_lora(tiny_model(family, **json.loads(model_settings)), r=16)
-    trainer = trainer_for(model, folder, rows(8), **json.loads(settings))
+def measure(case: dict) -> float:
+    """What a step takes; `case` has the family, its settings, the trainer's, and `is_full`."""
+    model = tiny_model(case["family"], **case["model"])
+    if not case["is_full"]:
+        model = with_lora(model, r=16)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = trainer_for(model, folder, rows(8), **case["settings"])
+    trainer.accelerator.prepare_model(trainer.model)  # autocast, as Trainer's loop has it
     pairs = list(trainer.train_dataset)
     if trainer.args.is_checkpointing:  # which Trainer turns on in train() only
         trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -70,10 +75,22 @@ def main() -> None:
     for column in ("prompt_input_ids", "chosen_input_ids", "rejected_input_ids"):
         short[column] = short[column][:3]
     step([short])  # what a first step loads and allocates for good, gradients included
+    gc.collect()
     before = resident_mib()
     forget_peak()
     step(pairs)
-    print(json.dumps({"before": before, "extra": peak_mib() - before}))
+    return peak_mib() - before
+
+
+def main() -> None:
+    """Argument: cases by name, as JSON; prints the MiB of each as JSON."""
+    torch.set_num_threads(1)
+    found = {}
+    for name, case in json.loads(sys.argv[1]).items():
+        found[name] = measure(case)
+        AcceleratorState._reset_state(reset_partial_state=True)  # the next may have another dtype
+        gc.collect()
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

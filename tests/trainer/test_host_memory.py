@@ -136,7 +136,7 @@ def test_it_can_be_asked_for_twice_and_generates(tmp_path):
     ("make", "reason"),
     [
         (lambda: with_lora(tiny_model(tie_word_embeddings=True)), "as the output head too"),
-        (untied, "the embedding trains"),
+        (untied, "all weights train"),
         (lambda: with_lora(untied(), modules_to_save=["embed_tokens"]), "ModulesToSaveWrapper"),
         (lambda: with_lora(untied(), target_modules=["embed_tokens"]), "an adapter that trains it"),
     ],
@@ -146,6 +146,81 @@ def test_an_embedding_that_the_device_needs_is_refused_in_one_line(make, reason,
         trainer_for(make(), tmp_path, offload_embedding=True)
     assert "offload_embedding" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_trained_embedding_is_refused():
+    with pytest.raises(ModelError, match="the embedding trains"):
+        keep_embedding_on_host(untied())
+
+
+def test_an_embedding_that_looks_at_the_ids_themselves_is_refused_and_left_as_it_was(tmp_path):
+    class WithoutFive(torch.nn.Embedding):
+        def forward(self, ids):
+            return super().forward(ids) * (ids != 5).unsqueeze(-1)
+
+    model = with_lora(untied())
+    model.get_input_embeddings().__class__ = WithoutFive
+    expected = model(torch.tensor([[4, 5, 6]])).logits
+    with pytest.raises(ModelError, match="WithoutFive does more with token ids than look rows up"):
+        trainer_for(model, tmp_path, offload_embedding=True)
+    assert torch.equal(model(torch.tensor([[4, 5, 6]])).logits, expected)
+    assert host_weight(model) is None
+
+
+def test_the_next_trainer_has_the_embedding_back(tmp_path):
+    """After a merge all weights train, the embedding too."""
+    model = with_lora(untied())
+    trainer_for(model, tmp_path, offload_embedding=True)
+    merged = model.merge_and_unload().requires_grad_(True)
+    before = host_weight(merged).clone()
+    names = {name for name, _ in untied().named_parameters()}
+    trainer = trainer_for(merged, tmp_path, max_steps=1, learning_rate=0.1)
+    trainer.train()
+    assert host_weight(merged) is None
+    assert {name for name, _ in merged.named_parameters()} == names
+    assert not torch.equal(merged.get_input_embeddings().weight, before)
+    with pytest.raises(ModelError, match="all weights train"):
+        trainer_for(merged, tmp_path, offload_embedding=True)
+
+
+def test_an_adapter_run_without_the_option_has_a_frozen_embedding_on_the_device(tmp_path):
+    model = with_lora(untied())
+    trainer_for(model, tmp_path, offload_embedding=True)
+    trainer_for(model, tmp_path)
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, torch.nn.Parameter)
+    assert not weight.requires_grad
+
+
+def test_it_follows_the_model_into_another_dtype():
+    model = with_lora(untied())
+    keep_embedding_on_host(model)
+    model.to(torch.bfloat16)
+    assert model(torch.tensor([[5, 6]])).logits.dtype == torch.bfloat16
+    dtypes = {value.dtype for value in model.state_dict().values()}
+    assert dtypes == {torch.bfloat16}
+
+
+def test_a_state_dict_that_does_not_fit_is_refused_as_before():
+    model = untied().requires_grad_(False)
+    keep_embedding_on_host(model)
+    state = dict(model.state_dict())
+    name = "model.embed_tokens.weight"
+    with pytest.raises(RuntimeError, match="size mismatch for model.embed_tokens.weight"):
+        model.load_state_dict({**state, name: torch.ones(1, 32)})
+    del state[name]
+    with pytest.raises(RuntimeError, match="Missing key"):
+        model.load_state_dict(state)
+    assert model.load_state_dict(state, strict=False).missing_keys == [name]
+
+
+def test_a_pickled_model_still_looks_up_its_rows(tmp_path):
+    model = untied().requires_grad_(False)
+    keep_embedding_on_host(model)
+    torch.save(model, tmp_path / "model.pt")
+    again = torch.load(tmp_path / "model.pt", weights_only=False)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    assert torch.equal(again(ids).logits, model(ids).logits)
 
 
 @pytest.mark.parametrize("name", ["offload_embedding", "activation_offloading"])

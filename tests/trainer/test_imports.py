@@ -22,6 +22,7 @@ RANK = {
     "lite_orpo.metrics": 4,
     "lite_orpo.throughput": 4,
     "lite_orpo.device_memory": 0,
+    "lite_orpo.memory_items": 4,
     "lite_orpo.memory_plan": 5,
     "lite_orpo.out_of_memory": 4,
     "lite_orpo.ranks": 4,

@@ -113,3 +113,24 @@ def test_auto_takes_the_most_tokens_that_fit(config_file):
     (taken,) = re.findall(r"auto takes ([\d,]+)", tight)
     assert int(taken.replace(",", "")) < 8192
     assert "Fits in 0.75 GiB" in tight
+
+
+@pytest.mark.parametrize("half", ["bf16", "fp16"])
+def test_a_card_that_is_not_here_may_compute_in_half_precision(half, config_file):
+    code, text = run_plan(config_file, "--vram", "24", f"{half}=true")
+    assert code == 0, text
+    assert ("bfloat16" if half == "bf16" else "float16") in text
+
+
+@pytest.mark.parametrize("vram", ["nan", "inf", "0"])
+def test_a_card_has_a_size(vram, config_file):
+    done = CliRunner().invoke(app, ["plan", str(config_file), "--vram", vram])
+    assert "--vram must be a positive number" in str(done.exception)
+
+
+def test_pairs_beyond_the_models_positions_are_planned_as_they_will_be_trained(config_file):
+    config = tiny_config("llama", **{**WIDE, "max_position_embeddings": 100})
+    config.save_pretrained(config_file.parent / "base")
+    code, text = run_plan(config_file, "--vram", "24", "overlong_rows=cut_prompt")
+    assert code == 0, text
+    assert text.count("is beyond the model's 100 positions: 100 is used") == 1

@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 from tiny_models import tiny_model, trainer_for, with_lora
 
-from lite_orpo import row_budget
+from lite_orpo import device_memory, row_budget
 from lite_orpo.cli.memory_report import print_memory
 from lite_orpo.config.options import DataOptions, LoraOptions, ModelOptions, ReportOptions
 from lite_orpo.config.run_config import RunConfig
@@ -86,6 +86,13 @@ def test_a_sharded_model_needs_a_number(tmp_path, monkeypatch):
         row_budget.planner_of(trainer)
 
 
+def test_ranks_on_one_machine_share_its_memory(tmp_path, monkeypatch):
+    trainer = auto_trainer(tmp_path, monkeypatch, 60 * MIB)
+    alone = trainer.planner.max_tokens_per_row
+    monkeypatch.setattr(type(trainer.args), "world_size", 2)
+    assert row_budget.planner_of(trainer)[0].max_tokens_per_row < alone
+
+
 def test_a_model_that_cannot_be_counted_needs_a_number(tmp_path):
     model = with_lora(tiny_model())
     model.get_base_model().model.layers[0].extra = torch.nn.Linear(3, 3)
@@ -118,8 +125,35 @@ def test_a_peak_is_that_since_the_beginning_and_no_earlier_one():
     assert peak.allocated() is None
 
 
-def test_free_memory_is_what_the_system_has_left():
-    assert 2**20 < free_bytes(torch.device("cpu")) < 2**50
+@needs_proc
+def test_free_memory_shrinks_by_what_is_taken():
+    before = free_bytes(torch.device("cpu"))
+    taken = torch.ones(512 * MIB, dtype=torch.uint8)
+    # Other programs take and give back too.
+    assert 0 < free_bytes(torch.device("cpu")) < before - 100 * MIB
+    del taken
+
+
+def test_a_containers_limit_counts(tmp_path, monkeypatch):
+    monkeypatch.setattr(device_memory, "_CGROUP", tmp_path)
+    unlimited = free_bytes(torch.device("cpu"))
+    (tmp_path / "memory.current").write_text("100\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert free_bytes(torch.device("cpu")) > 0.5 * unlimited
+    (tmp_path / "memory.max").write_text("1100\n")
+    assert free_bytes(torch.device("cpu")) == 1000
+
+
+def test_a_system_that_says_nothing_of_the_process_fails_no_training(tmp_path, monkeypatch):
+    status = tmp_path / "status"
+    status.write_text("Name: python\n")
+    for path in (status, tmp_path / "nowhere"):
+        monkeypatch.setattr(device_memory, "_STATUS", path)
+        assert PeakMemory(torch.device("cpu")).beyond() is None
+        trainer = trainer_for(with_lora(tiny_model()), tmp_path, max_steps=1)
+        trainer.train()
+        (log,) = [log for log in trainer.state.log_history if "loss" in log]
+        assert "lite_orpo/peak_memory_mib" not in log
 
 
 @needs_proc
@@ -154,7 +188,8 @@ def test_the_report_compares_what_was_measured_with_the_plan(tmp_path):
     assert "memory ran out, and rows were cut to 64 tokens" in report(trainer, tmp_path, beyond=1)
 
 
-def test_a_report_without_a_plan_says_why(tmp_path):
+@pytest.mark.parametrize("name", ["nowhere", "no/such-model"])
+def test_a_report_without_a_plan_says_why(name, tmp_path):
     trainer = trainer_for(with_lora(tiny_model()), tmp_path)
-    text = report(trainer, tmp_path / "nowhere", beyond=MIB)
+    text = report(trainer, name, beyond=MIB)
     assert "1 MiB beyond the loaded model at the highest; not planned: " in text
