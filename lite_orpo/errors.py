@@ -28,6 +28,10 @@ class HubError(UserError):
     """A name that is neither here nor reachable on the hub."""
 
 
+class CheckpointError(UserError):
+    """A checkpoint that cannot be written, or from which a run cannot go on."""
+
+
 class OutOfMemory(UserError):
     """Memory ran out, and there is nothing left to make smaller."""
 

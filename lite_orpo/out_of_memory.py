@@ -7,16 +7,15 @@ the pairs of the step are planned anew. The effective batch stays what it was.
 
 import gc
 import logging
-import random
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import TypeVar
 
-import numpy
 import torch
 
 from .allocator_failure import is_out_of_memory
 from .data.row_batch import RowBatch
 from .errors import OutOfMemory
+from .random_state import RandomState
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -111,34 +110,6 @@ class RowRoom:
 
 def _positions(row: RowBatch) -> int:
     return int(row.inputs["input_ids"].numel())
-
-
-class RandomState(NamedTuple):
-    """What dropout and the like draw from."""
-
-    python: Any
-    numpy: Any
-    cpu: torch.Tensor
-    cuda: list[torch.Tensor]
-    mps: torch.Tensor | None
-
-    @staticmethod
-    def now() -> "RandomState":
-        """The states at this moment."""
-        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-        mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
-        cpu = torch.random.get_rng_state()
-        return RandomState(random.getstate(), numpy.random.get_state(), cpu, cuda, mps)
-
-    def put_back(self) -> None:
-        """Go on from here again."""
-        random.setstate(self.python)
-        numpy.random.set_state(self.numpy)
-        torch.random.set_rng_state(self.cpu)
-        if self.cuda:
-            torch.cuda.set_rng_state_all(self.cuda)
-        if self.mps is not None:
-            torch.mps.set_rng_state(self.mps)
 
 
 def give_memory_back() -> None:

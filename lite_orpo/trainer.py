@@ -11,18 +11,12 @@ the model is in `setup.py`, rows in `data/`, whether prompts are shared in
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import offline_bitsandbytes  # noqa: F401  (before transformers imports it)
-
-# isort: split
-from transformers import Trainer
-from transformers.trainer import TRAINING_ARGS_NAME
-
+from .checkpointing import CheckpointingTrainer
 from .config.orpo_config import ORPOConfig
 from .data.prepared_sets import PreparedSets, is_mapping_of_sets
 from .data.row_batch import Pair, RowBatch
@@ -52,7 +46,7 @@ def _collate_pairs(features: list[Pair]) -> dict[str, list[Pair]]:
     return {"pairs": features}
 
 
-class ORPOTrainer(Trainer):
+class ORPOTrainer(CheckpointingTrainer):
     """Trains a causal language model on preference pairs by ORPO (arXiv 2403.07691).
 
     Args:
@@ -328,7 +322,7 @@ class ORPOTrainer(Trainer):
         output.metrics.update({f"{metric_key_prefix}_{k}": v for k, v in metrics.items()})
         return output
 
-    # ---- reporting and saving ----
+    # ---- reporting ----
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics of the steps since the last log line."""
@@ -342,9 +336,3 @@ class ORPOTrainer(Trainer):
 
     def _sum_over_ranks(self, values: Tensor) -> Tensor:
         return self.accelerator.reduce(values, reduction="sum")
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Save model and tokenizer, without Trainer's pickled arguments (they hold the token)."""
-        super()._save(output_dir, state_dict)
-        folder = Path(output_dir if output_dir is not None else self.args.output_dir)
-        (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)

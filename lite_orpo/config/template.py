@@ -35,7 +35,7 @@ output_dir: runs/orpo
 num_train_epochs: 1
 per_device_train_batch_size: 2      # pairs
 gradient_accumulation_steps: 8      # 2 x 8 = 16 pairs an optimiser step
-max_tokens_per_row: 2048            # what memory goes by: tokens that pass the model at a time
+max_tokens_per_row: 2048            # what memory goes by: tokens that pass at a time; or auto
 prefix_sharing: auto                # each prompt once for both completions; or on, off
 learning_rate: 5.0e-5
 lr_scheduler_type: cosine

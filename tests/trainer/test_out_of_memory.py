@@ -20,7 +20,8 @@ from tiny_models import (
 
 from lite_orpo.allocator_failure import is_out_of_memory
 from lite_orpo.errors import OutOfMemory
-from lite_orpo.out_of_memory import RandomState, RowRoom
+from lite_orpo.out_of_memory import RowRoom
+from lite_orpo.random_state import RandomState
 
 PAIRS = 6
 CPU_ALLOCATOR = (

@@ -1,0 +1,58 @@
+"""The manifest of a checkpoint: its files with sizes and hashes, and whether all of that holds."""
+
+import hashlib
+import json
+from pathlib import Path
+
+MANIFEST_FILE = "manifest.json"
+_FORMAT = 1
+
+
+def write_manifest(folder: Path) -> None:
+    """List every file of a folder, the manifest itself left out."""
+    files = {
+        path.relative_to(folder).as_posix(): {
+            "size": path.stat().st_size,
+            "sha256": _hash(path),
+        }
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != MANIFEST_FILE
+    }
+    text = json.dumps({"format": _FORMAT, "files": files}, indent=1)
+    (folder / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def why_incomplete(folder: Path) -> str | None:
+    """Why a folder is no complete checkpoint; None if it is one.
+
+    Reads every file: what a disk gives back is compared with what was written.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+        if manifest["format"] != _FORMAT:
+            return f"its manifest has format {manifest['format']!r}, known here is {_FORMAT}"
+        files = {
+            str(name): (int(entry["size"]), str(entry["sha256"]))
+            for name, entry in manifest["files"].items()
+        }
+    except FileNotFoundError:
+        return f"it has no {MANIFEST_FILE}: it was not finished, or not written by lite-orpo"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return f"its {MANIFEST_FILE} is damaged"
+    for name, (size, digest) in files.items():
+        path = folder / name
+        if not path.resolve().is_relative_to(folder.resolve()):
+            return f"its {MANIFEST_FILE} names a file outside of it"
+        try:
+            if path.stat().st_size != size:
+                return f"{name} has {path.stat().st_size} bytes, not {size}"
+            if _hash(path) != digest:
+                return f"{name} is not what was written"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+    return None
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,63 @@
+"""A folder that appears under its name complete, or not at all, whenever the process dies."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .manifest import write_manifest
+
+
+def staging_folder(final: Path) -> Path:
+    """Where a folder is written before it gets its name."""
+    return final.parent / f".{final.name}.partial"
+
+
+def replaced_folder(final: Path) -> Path:
+    """Where an older folder of the same name is while the new one takes its place."""
+    return final.parent / f".{final.name}.replaced"
+
+
+@contextmanager
+def staged(final: Path) -> Iterator[Path]:
+    """Write a folder beside its place; at the end it is synced and renamed.
+
+    The order that makes it safe: files, manifest, fsync of each and of the folder, rename, fsync
+    of the parent. What a process leaves that dies before the rename is not taken for a
+    checkpoint, and is removed by the next that stages the same folder.
+
+    Args:
+        final: the folder's place; one that is there is replaced at the end.
+
+    Yields:
+        The folder to write into.
+    """
+    partial, replaced = staging_folder(final), replaced_folder(final)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        write_manifest(partial)
+        for path in sorted(partial.rglob("*")):
+            _sync(path)
+        _sync(partial)
+        if final.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+            final.rename(replaced)
+        partial.rename(final)
+        _sync(final.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():
+        return  # Windows has no handle for it
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
