@@ -42,13 +42,16 @@ class _Rendered(NamedTuple):
     rejected: Passage
 
 
-def chat_passages(row: PreferenceRow, tokenizer: Tokenizer, special: SpecialTokens) -> ChatPassages:
+def chat_passages(
+    row: PreferenceRow, tokenizer: Tokenizer, special: SpecialTokens, *, has_words: bool
+) -> ChatPassages:
     """Apply the chat template, and cut what it writes into prompt and completions.
 
     Args:
         row: a checked row of message lists.
         tokenizer: a transformers tokenizer.
         special: its special tokens.
+        has_words: whether special tokens stand in the row's own texts.
 
     Returns:
         The passages; the completions begin where the prompt ends.
@@ -64,7 +67,6 @@ def chat_passages(row: PreferenceRow, tokenizer: Tokenizer, special: SpecialToke
             "chat_template_path (in Python: tokenizer.chat_template), or use plain text rows"
         )
     rendered = _render_row(row, tokenizer)
-    has_words = special.first_in(row_texts(row)) is not None
     marked = _with_words(row, tokenizer, special, rendered) if has_words else None
     return _cut(marked or rendered, special, lost_words=has_words and marked is None)
 

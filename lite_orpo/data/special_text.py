@@ -35,6 +35,12 @@ class Passage(NamedTuple):
         moved = ((start - border, end - border) for start, end in self.spoken if start >= border)
         return Passage(self.text[border:], tuple(moved))
 
+    def followed_by(self, other: "Passage") -> "Passage":
+        """Both passages as one."""
+        length = len(self.text)
+        moved = tuple((start + length, end + length) for start, end in other.spoken)
+        return Passage(self.text + other.text, self.spoken + moved)
+
 
 class SpecialTokens:
     """A tokenizer's special tokens as they were when this was made."""

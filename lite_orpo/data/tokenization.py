@@ -1,6 +1,7 @@
 """Preference rows as token ids: prompt, chosen, rejected, tokenised apart.
 
-Tokenised apart, the prompt is an exact prefix of both sequences by construction. One BOS
+Tokenised apart, the prompt is an exact prefix of both sequences by construction (tokenizers that
+put a space before a text see the completion behind the prompt, and it is cut there). One BOS
 begins the prompt where the tokenizer has one, one EOS ends each completion. Where the chat
 template ends a turn with another token (Gemma's <end_of_turn>), a completion ends with that and
 then the EOS: chat programs stop at the first, whatever knows only the tokenizer at the second.
@@ -20,6 +21,8 @@ from .special_text import Tokenizer as Tokenizer
 KEPT_AS_TEXT = "kept as text"
 READ_AS_CONTROL = "read as control tokens"
 READ_AS_WRITTEN_BY_A_TEMPLATE = "read as written by a chat template"
+
+LINE_BREAK = "\n"
 
 
 class TokenizedPair(NamedTuple):
@@ -95,6 +98,10 @@ class RowTokenizer:
         self._bos = tokenizer.bos_token_id
         self._eos = tokenizer.eos_token_id
         self._is_blank: dict[int, bool] = {}
+        # SentencePiece's way: a text begins with a space that is not there, " yes" for "yes". A
+        # completion is no beginning: a model goes on with "yes" behind a line break.
+        apart = [*encode(tokenizer, LINE_BREAK), *encode(tokenizer, "a")]
+        self._begins_with_space = list(encode(tokenizer, f"{LINE_BREAK}a")) != apart
 
     def special_texts_in(self, row: PreferenceRow) -> list[str]:
         """Special tokens that stand as text in the row's own content, each once."""
@@ -123,7 +130,12 @@ class RowTokenizer:
                 passages.append(error)
                 break
         ids = self._encode_all(
-            [p.text for each in passages if isinstance(each, _Passages) for p in each[:3]]
+            [
+                passage.text
+                for each in passages
+                if isinstance(each, _Passages)
+                for passage in self._in_context(each)
+            ]
         )
         outcomes: list[Outcome] = []
         done = 0
@@ -146,8 +158,10 @@ class RowTokenizer:
             )
         if not row.is_conversational:
             return self._plain(str(row.prompt), str(row.chosen), str(row.rejected))
-        prompt, chosen, rejected, lost_words = chat_passages(row, self._tokenizer, self._special)
         found = self._special.first_in(row_texts(row))
+        prompt, chosen, rejected, lost_words = chat_passages(
+            row, self._tokenizer, self._special, has_words=found is not None
+        )
         reading = READ_AS_CONTROL if lost_words else KEPT_AS_TEXT
         special_text = SpecialText(found, reading) if found is not None else None
         return _Passages(prompt, chosen, rejected, special_text)
@@ -192,28 +206,51 @@ class RowTokenizer:
         except Exception:  # what it is depends on the tokenizer; the row is refused for it
             return None
 
+    def _in_context(self, passages: _Passages) -> tuple[Passage, Passage, Passage]:
+        """The prompt and the completions; these behind the prompt where that matters."""
+        prompt, chosen, rejected, _ = passages
+        if self._begins_with_space:
+            return prompt, prompt.followed_by(chosen), prompt.followed_by(rejected)
+        return prompt, chosen, rejected
+
     def _finish(self, passages: _Passages, ids: Sequence[list[int] | None]) -> TokenizedRow:
         special_text = passages.special_text
-        columns: dict[str, list[int]] = {}
-        for column, passage, plain in zip(TokenizedPair._fields, passages[:3], ids, strict=True):
+        columns: list[list[int]] = []
+        for column, passage, plain in zip(
+            TokenizedPair._fields, self._in_context(passages), ids, strict=True
+        ):
             if plain is None:
                 raise RowProblem(
                     column, "has characters that are no valid Unicode text; take them out"
                 )
-            words = plain
-            if passage.spoken:
-                spelled = encode_words(self._tokenizer, self._special, passage)
-                if spelled is None:
-                    special_text = special_text and special_text._replace(reading=READ_AS_CONTROL)
-                else:
-                    words = spelled
-            columns[column] = words
+            words = (
+                encode_words(self._tokenizer, self._special, passage) if passage.spoken else None
+            )
+            if passage.spoken and words is None and special_text is not None:
+                special_text = special_text._replace(reading=READ_AS_CONTROL)
+            columns.append(plain if words is None else words)
+        prompt, chosen, rejected = columns
+        if self._begins_with_space:
+            chosen = self._behind(prompt, chosen, passages.chosen)
+            rejected = self._behind(prompt, rejected, passages.rejected)
         pair = TokenizedPair(
-            self._begun(columns["prompt"]),
-            self._ended(columns["chosen"], "chosen"),
-            self._ended(columns["rejected"], "rejected"),
+            self._begun(prompt), self._ended(chosen, "chosen"), self._ended(rejected, "rejected")
         )
         return TokenizedRow(pair, special_text)
+
+    def _behind(self, prompt: list[int], both: list[int], completion: Passage) -> list[int]:
+        """A completion's ids behind the prompt's, from those of both as one text."""
+        if both[: len(prompt)] == prompt:
+            return both[len(prompt) :]
+        # A token stands across the border. The prompt keeps its own, and the completion is
+        # tokenised behind a line break, so that no space is put before it.
+        ids = self._ids(Passage(LINE_BREAK).followed_by(completion))
+        anchor = self._ids(Passage(LINE_BREAK))
+        return ids[len(anchor) :] if ids[: len(anchor)] == anchor else self._ids(completion)
+
+    def _ids(self, passage: Passage) -> list[int]:
+        words = encode_words(self._tokenizer, self._special, passage) if passage.spoken else None
+        return list(encode(self._tokenizer, passage.text)) if words is None else words
 
     def _begun(self, prompt: list[int]) -> list[int]:
         bos = self._bos
