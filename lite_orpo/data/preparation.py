@@ -9,80 +9,24 @@ import logging
 import shutil
 import tempfile
 import weakref
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 from ..errors import DataError, RowProblem
+from .chat_template import TemplateRunaway, row_texts
+from .preparation_report import PreparationReport as PreparationReport
 from .rows import PreferenceRow, parse_row
 from .sources import RowSource
-from .tokenization import TokenizedPair, Tokenizer, special_texts_in, tokenize_pair
+from .special_text import Tokenizer
+from .tokenization import Outcome, RowTokenizer, TokenizedPair
 
 logger = logging.getLogger(__name__)
 
 MAX_DROPPED_SHARE = 0.1
-EXAMPLES_SHOWN = 3
-
-
-class DroppedRow(NamedTuple):
-    """A row that was left out, and why."""
-
-    place: str
-    column: str
-    problem: str
-
-
-@dataclass
-class PreparationReport:
-    """What became of the rows of one source."""
-
-    source: str
-    kept: int = 0
-    cut: int = 0
-    dropped: int = 0
-    special_text_rows: int = 0
-    first_special_text: str = ""
-    repeated_prompt_rows: int = 0
-    problems: Counter[str] = field(default_factory=Counter)
-    examples: dict[str, list[DroppedRow]] = field(default_factory=dict)
-
-    def add_dropped(self, place: str, problem: RowProblem) -> None:
-        """Count a row that was left out, and keep the first few of each kind."""
-        self.dropped += 1
-        # Numbers differ from row to row ("71 tokens"); the kind of problem does not.
-        kind = f"{problem.column} {problem.problem}".split(":")[0]
-        kind = "".join("#" if c.isdigit() else c for c in kind)
-        self.problems[kind] += 1
-        examples = self.examples.setdefault(kind, [])
-        if len(examples) < EXAMPLES_SHOWN:
-            examples.append(DroppedRow(place, problem.column, problem.problem))
-
-    def lines(self) -> list[str]:
-        """The report in words, one finding a line; the first line is the count."""
-        total = self.kept + self.dropped
-        lines = [f"{self.source}: {self.kept} of {total} rows kept"]
-        if self.cut:
-            lines.append(f"  {self.cut} prompts cut at their beginning to fit max_length")
-        for kind, count in self.problems.most_common():
-            first = self.examples[kind][0]
-            places = ", ".join(example.place for example in self.examples[kind])
-            more = ", ..." if count > EXAMPLES_SHOWN else ""
-            lines.append(
-                f"  {count} left out: column {first.column!r} {first.problem} ({places}{more})"
-            )
-        if self.repeated_prompt_rows:
-            lines.append(
-                f"  {self.repeated_prompt_rows} rows whose completions begin with the prompt "
-                "again: the model sees it twice; take it out of the completions"
-            )
-        if self.special_text_rows:
-            lines.append(
-                f"  {self.special_text_rows} rows hold a special token as text, which is read as "
-                f"the control token (first: {self.first_special_text})"
-            )
-        return lines
+# Rows that go to the tokenizer in one call; fewer where they are long, as all of them are held.
+CHUNK_ROWS = 256
+CHUNK_CHARACTERS = 4_000_000
 
 
 class LengthRule(NamedTuple):
@@ -149,27 +93,77 @@ def _records(
         delay=2.0,  # a small file needs no bar
         leave=False,
     )
-    for number, (place, raw) in enumerate(located):
-        try:
-            row = parse_row(raw)
-            pair = tokenize_pair(row, tokenizer)
-            fitted = _fit(pair, rule)
-        except RowProblem as problem:
-            if on_bad_row == "error":
-                raise DataError(f"{source.name} {place}: {problem}") from None
-            report.add_dropped(place, problem)
-            continue
-        report.kept += 1
-        report.cut += len(fitted.prompt) < len(pair.prompt)
-        report.repeated_prompt_rows += _repeats_prompt(row)
-        _note_special_texts(row, tokenizer, place, report)
-        yield {
-            "prompt_input_ids": fitted.prompt,
-            "chosen_input_ids": fitted.chosen,
-            "rejected_input_ids": fitted.rejected,
-            "length": len(fitted.prompt) + max(len(fitted.chosen), len(fitted.rejected)),
-            "row": number,
-        }
+    row_tokenizer = RowTokenizer(tokenizer)
+    shows_tools = "tools" in str(tokenizer.chat_template)
+    for chunk in _chunks(located):
+        for item, outcome in zip(chunk, _outcomes(chunk, row_tokenizer), strict=False):
+            if isinstance(outcome, TemplateRunaway):
+                raise DataError(f"{source.name} {item.place}: {outcome}")
+            if isinstance(outcome, DataError):
+                raise outcome
+            try:
+                if isinstance(outcome, RowProblem):
+                    raise outcome
+                fitted = _fit(outcome.pair, rule)
+            except RowProblem as problem:
+                if on_bad_row == "error":
+                    raise DataError(f"{source.name} {item.place}: {problem}") from None
+                report.add_dropped(item.place, problem)
+                continue
+            assert isinstance(item.row, PreferenceRow)
+            report.kept += 1
+            report.cut += len(fitted.prompt) < len(outcome.pair.prompt)
+            report.repeated_prompt_rows += _repeats_prompt(item.row)
+            report.unseen_tools_rows += bool(getattr(item.row, "tools", None)) and not shows_tools
+            if outcome.special_text is not None:
+                report.add_special_text(item.place, outcome.special_text)
+            yield {
+                "prompt_input_ids": fitted.prompt,
+                "chosen_input_ids": fitted.chosen,
+                "rejected_input_ids": fitted.rejected,
+                "length": len(fitted.prompt) + max(len(fitted.chosen), len(fitted.rejected)),
+                "row": item.number,
+            }
+
+
+class _Item(NamedTuple):
+    number: int
+    place: str
+    row: PreferenceRow | RowProblem
+
+
+def _chunks(located: Iterable[tuple[str, Any]]) -> Iterator[list[_Item]]:
+    """Parsed rows, some hundred at a time. What came before an unreadable row comes before it."""
+    chunk: list[_Item] = []
+    characters = 0
+    try:
+        for number, (place, raw) in enumerate(located):
+            try:
+                row = parse_row(raw)
+                characters += sum(map(len, row_texts(row)))
+                chunk.append(_Item(number, place, row))
+            except RowProblem as problem:
+                chunk.append(_Item(number, place, problem))
+            if len(chunk) == CHUNK_ROWS or characters > CHUNK_CHARACTERS:
+                yield chunk
+                chunk, characters = [], 0
+    except DataError:
+        yield chunk
+        raise
+    yield chunk
+
+
+def _outcomes(chunk: list[_Item], row_tokenizer: RowTokenizer) -> Iterator[Outcome]:
+    """What became of each row of a chunk; a DataError is the last."""
+    parsed = [item.row for item in chunk if not isinstance(item.row, RowProblem)]
+    tokenized = iter(row_tokenizer.rows(parsed))
+    for item in chunk:
+        if isinstance(item.row, RowProblem):
+            yield item.row
+        elif (outcome := next(tokenized, None)) is not None:
+            yield outcome
+        else:
+            return
 
 
 def _fit(pair: TokenizedPair, rule: LengthRule) -> TokenizedPair:
@@ -201,15 +195,6 @@ def _repeats_prompt(row: PreferenceRow) -> bool:
         return False
     prompt = row.prompt
     return str(row.chosen).startswith(prompt) and str(row.rejected).startswith(prompt)
-
-
-def _note_special_texts(
-    row: PreferenceRow, tokenizer: Tokenizer, place: str, report: PreparationReport
-) -> None:
-    found = special_texts_in(row, tokenizer)
-    if found:
-        report.special_text_rows += 1
-        report.first_special_text = report.first_special_text or f"{found[0]!r} at {place}"
 
 
 def _map_from_disk(records: Iterator[dict[str, Any]]) -> Any:

@@ -5,9 +5,11 @@ import logging
 from pathlib import Path
 
 import pytest
+from tiny_tokenizer import CHATML, char_tokenizer
 
-from lite_orpo.data import preparation
+from lite_orpo.data import preparation, template_limits
 from lite_orpo.data.preparation import LengthRule, prepare_pairs
+from lite_orpo.data.rows import PreferenceRow, parse_row
 from lite_orpo.data.sources import dataset_source, open_source
 from lite_orpo.errors import DataError
 
@@ -158,12 +160,95 @@ def test_on_bad_row_error_stops_at_the_first_and_names_file_line_and_column(toke
     assert str(caught.value) == f"{path} line 5: column 'chosen' is null"
 
 
-def test_special_tokens_as_text_are_counted_and_shown_but_kept(tokenizer):
+def test_special_tokens_as_text_are_counted_and_it_is_told_how_they_were_read(tokenizer):
     rows = [*GOOD, {"prompt": "say </s> twice", "chosen": "a", "rejected": "b"}]
     data, report = prepare(rows, tokenizer)
-    assert len(data) == 20
-    assert report.special_text_rows == 1
-    assert "(first: '</s>' at row 19)" in report.lines()[-1]
+    assert tokenizer.eos_token_id not in data[19]["prompt_input_ids"]
+    assert report.lines()[1:] == [
+        "  1 rows have special tokens as text: kept as text (first: '</s>' at row 19)"
+    ]
+    written = {"prompt": "<s>a</s><s>b", "chosen": "a", "rejected": "b"}
+    _, report = prepare([*rows, written, written], tokenizer)
+    assert len(report.lines()) == 3
+    assert report.lines()[2].startswith(
+        "  2 rows of plain text begin with a special token: taken as written by a chat template"
+    )
+    assert report.lines()[2].endswith("(first: '</s>' at row 20)")
+
+
+def test_special_tokens_that_could_not_be_kept_as_text_are_told_so():
+    tokenizer = char_tokenizer(
+        template="{% for m in messages %}{{ m.content[:9] }}<|im_end|>{% endfor %}"
+    )
+    _, report = prepare([chat_of("say </s> twice")], tokenizer)
+    (line,) = report.lines()[1:]
+    assert "1 rows have special tokens as text, which this tokenizer or its chat template " in line
+    assert "read as control tokens" in line
+
+
+def chat_of(asked):
+    return {
+        "prompt": [{"role": "user", "content": asked}],
+        "chosen": [{"role": "assistant", "content": "yes"}],
+        "rejected": [{"role": "assistant", "content": "no"}],
+    }
+
+
+@pytest.mark.parametrize("shows", [True, False], ids=["template_with_tools", "without"])
+def test_tools_that_the_template_does_not_write_are_counted(monkeypatch, shows):
+    class WithTools(PreferenceRow):
+        tools = [{"name": "clock"}]
+
+    monkeypatch.setattr(preparation, "parse_row", lambda raw: WithTools(*parse_row(raw)[:3]))
+    tokenizer = char_tokenizer(template=CHATML + ("{{ tools }}" if shows else ""))
+    _, report = prepare([chat_of("hi")], tokenizer)
+    assert report.unseen_tools_rows == (not shows)
+    assert ("1 rows bring tools" in "".join(report.lines())) == (not shows)
+
+
+def test_a_template_that_loops_ends_the_run_at_its_row_whatever_the_policy(monkeypatch):
+    monkeypatch.setattr(template_limits, "MAX_SECONDS", 0.2)
+    loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    tokenizer = char_tokenizer(
+        template=f"{{% if messages[0].content == 'loop' %}}{loop}{{% endif %}}{CHATML}"
+    )
+    rows = [*[chat_of("hi")] * 3, chat_of("loop"), *[chat_of("loop")] * 100]
+    with pytest.raises(
+        DataError, match="^train_dataset row 3: the chat template ran for"
+    ) as caught:
+        prepare(rows, tokenizer, on_bad_row="drop")
+    assert "\n" not in str(caught.value)
+
+
+def test_rows_that_the_template_refuses_are_left_out_and_shown():
+    tokenizer = char_tokenizer(template="{{ 1 / (messages[0].content|length - 4) }}" + CHATML)
+    _, report = prepare([*[chat_of("hi")] * 19, chat_of("four")], tokenizer)
+    assert report.lines()[1] == (
+        "  1 left out: column 'prompt' is refused by the chat template: ZeroDivisionError: "
+        "division by zero (row 19)"
+    )
+
+
+@pytest.mark.parametrize("policy", ["drop", "error"])
+def test_a_bad_row_before_an_unreadable_one_comes_first(tokenizer, tmp_path, policy):
+    path = tmp_path / "pairs.jsonl"
+    good = '{"prompt": "q", "chosen": "a", "rejected": "b"}\n'
+    path.write_text(good * 3 + '{"prompt": "q", "chosen": "a"}\n' + "{broken\n" + good)
+    with pytest.raises(DataError) as caught:
+        prepare_pairs(open_source(str(path), split="train"), tokenizer, NO_LIMIT, policy)
+    assert f"line {4 if policy == 'error' else 5}" in str(caught.value)
+
+
+def test_chunks_of_rows_change_nothing(tokenizer, monkeypatch):
+    rows = rows_of(*[(1 + i % 9, 1 + i % 4, 6) for i in range(40)])
+    rows[7:7] = [{"prompt": "q"}]
+    expected = prepare(rows, tokenizer)
+    for name, value in (("CHUNK_ROWS", 1), ("CHUNK_ROWS", 7), ("CHUNK_CHARACTERS", 30)):
+        with monkeypatch.context() as patch:
+            patch.setattr(preparation, name, value)
+            data, report = prepare(rows, tokenizer)
+        assert list(data) == list(expected.dataset)
+        assert report == expected.report
 
 
 def folder_of(data) -> Path:

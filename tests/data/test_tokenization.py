@@ -6,7 +6,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from lite_orpo.data.rows import PreferenceRow, parse_row
-from lite_orpo.data.tokenization import special_texts_in, tokenize_pair
+from lite_orpo.data.tokenization import RowTokenizer, special_texts_in, tokenize_pair
 from lite_orpo.errors import DataError, RowProblem
 
 ASK = {"role": "user", "content": "hi"}
@@ -39,9 +39,10 @@ def test_an_eos_in_the_text_is_not_doubled_and_nothing_follows_it(tokenizer, cho
     assert text(tokenizer, pair.chosen) == "hello</s>"
 
 
-def test_an_eos_inside_a_completion_stays_where_it_is(tokenizer):
+def test_an_eos_inside_a_completion_stays_where_it_is_as_text(tokenizer):
     pair = tokenize_pair(PLAIN._replace(chosen="a</s>b"), tokenizer)
     assert text(tokenizer, pair.chosen) == "a</s>b</s>"
+    assert pair.chosen.count(tokenizer.eos_token_id) == 1
 
 
 def test_an_empty_prompt_is_the_bos_alone(tokenizer):
@@ -85,6 +86,54 @@ def test_a_chat_ends_at_the_templates_end_of_turn(chatml_tokenizer):
     assert text(chatml_tokenizer, pair.rejected) == "no<|im_end|>"
 
 
+def test_a_turns_end_that_is_no_eos_stays_and_one_eos_follows_it():
+    tokenizer = char_tokenizer(template=CHATML)
+    assert text(tokenizer, tokenize_pair(CHAT, tokenizer).chosen) == "hello<|im_end|></s>"
+
+
+def test_an_answer_that_the_template_leaves_out_is_refused():
+    tokenizer = char_tokenizer(template="{% for m in messages %}<|im_end|>{% endfor %}")
+    with pytest.raises(RowProblem, match="has no token left beside the EOS") as caught:
+        tokenize_pair(CHAT, tokenizer)
+    assert caught.value.column == "chosen"
+
+
+def test_an_unknown_character_at_the_end_of_an_answer_is_no_end_of_turn(tokenizer):
+    pair = tokenize_pair(PLAIN._replace(chosen="hé\n"), tokenizer)
+    assert len(pair.chosen) == len("hé\n") + 1
+
+
+def test_many_rows_at_once_give_what_each_gives_alone(tokenizer, chatml_tokenizer):
+    refused = PLAIN._replace(rejected="</s>")
+    outcomes = RowTokenizer(tokenizer).rows([PLAIN, refused, PLAIN._replace(chosen="more")])
+    assert [isinstance(each, RowProblem) for each in outcomes] == [False, True, False]
+    assert outcomes[0].pair == tokenize_pair(PLAIN, tokenizer)
+    assert text(tokenizer, outcomes[2].pair.chosen) == "more</s>"
+    both = RowTokenizer(chatml_tokenizer).rows([CHAT, PLAIN])
+    assert [each.pair for each in both] == [
+        tokenize_pair(CHAT, chatml_tokenizer),
+        tokenize_pair(PLAIN, chatml_tokenizer),
+    ]
+
+
+def test_no_row_is_looked_at_after_one_whose_error_concerns_all(tokenizer):
+    outcomes = RowTokenizer(tokenizer).rows([PLAIN, CHAT, PLAIN])
+    assert len(outcomes) == 2
+    assert isinstance(outcomes[1], DataError)
+
+
+def test_a_prompt_keeps_its_tokens_where_a_sentencepiece_token_would_stand_across_its_end():
+    core = Tokenizer(
+        models.BPE({"▁": 0, "a": 1, "b": 2, "\n": 3, "ab": 4, "</s>": 5}, [("a", "b")])
+    )
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>")
+    assert tokenizer("aab")["input_ids"] == [0, 1, 4]
+    pair = tokenize_pair(PreferenceRow("aa", "b", "ab"), tokenizer)
+    # No space before the completion, though alone it would get one.
+    assert pair == ([0, 1, 1], [2, 5], [4, 5])
+
+
 def test_a_chat_of_several_turns_keeps_its_inner_ends_of_turn(chatml_tokenizer):
     pair = tokenize_pair(PreferenceRow([ASK], [GOOD, ASK, GOOD], [BAD]), chatml_tokenizer)
     chosen = text(chatml_tokenizer, pair.chosen)
@@ -120,7 +169,8 @@ def test_a_template_that_rewrites_history_ends_the_prompt_where_all_renderings_a
     assert text(tokenizer, pair.prompt) == "<s><|im_start|>user\n"
     for ids, message in ((pair.chosen, GOOD), (pair.rejected, BAD)):
         rendered = tokenizer.apply_chat_template([ASK, message], tokenize=False)
-        assert text(tokenizer, pair.prompt + ids) == f"<s>{rendered}</s>"
+        # All of it but the line break behind the last turn, which a model never gets to write.
+        assert text(tokenizer, pair.prompt + ids) == f"<s>{rendered.rstrip()}</s>"
 
 
 def test_a_template_that_refuses_a_role_is_a_problem_of_the_row():
