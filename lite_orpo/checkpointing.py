@@ -28,6 +28,7 @@ from .checkpoint.manifest import why_incomplete
 from .checkpoint.staging import staged, staging_folder
 from .checkpoint.tensor_tree import load_tree, save_tree
 from .errors import CheckpointError
+from .interruption import EvaluationCut
 from .random_state import RandomState
 
 logger = logging.getLogger(__name__)
@@ -37,6 +38,8 @@ _OPTIMIZER, _SCHEDULER, _SCALER, _RANDOM = "optimizer", "scheduler", "scaler", "
 
 class CheckpointingTrainer(Trainer):
     """The part of `ORPOTrainer` that saves and goes on."""
+
+    control: Any
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Train; see transformers' Trainer.
@@ -50,7 +53,14 @@ class CheckpointingTrainer(Trainer):
             CheckpointError: there is no complete checkpoint to go on from, or the one that is
                 named is none.
         """
-        return super().train(resume_from_checkpoint=self._resolve(resume_from_checkpoint), **kwargs)
+        checkpoint = self._resolve(resume_from_checkpoint)
+        try:
+            return super().train(resume_from_checkpoint=checkpoint, **kwargs)
+        except EvaluationCut:
+            # The step before the evaluation is whole.
+            self._save_checkpoint(self.model, None)
+            self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+            return None
 
     def _resolve(self, wanted: str | bool | None) -> str | None:
         if wanted is None or wanted is False or self._leaves_saving_to_library():

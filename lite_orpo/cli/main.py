@@ -37,17 +37,27 @@ def train(
         show_default=False,
     ),
     config: Path | None = typer.Option(None, "--config", help="the configuration, as an option"),
+    resume: bool = typer.Option(
+        False, "--resume", help="go on from the newest complete checkpoint in output_dir"
+    ),
+    stop_after: str | None = typer.Option(
+        None, "--stop-after", help="stop with a checkpoint after so long: 45m, 1h30m, 90s"
+    ),
 ) -> None:
     """Train on preference pairs, as a YAML configuration says."""
     from ..config.yaml_file import read_settings
-    from .overrides import split_arguments
+    from .overrides import RESUME, split_arguments
+    from .stopped import seconds_of
 
     path, overrides = split_arguments(arguments or [], config)
+    if resume:
+        overrides |= RESUME
+    seconds = None if stop_after is None else seconds_of(stop_after)
     read_settings(path)  # a wrong path is told before the seconds that the libraries take
 
     from .train import run_training
 
-    run_training(path, overrides)
+    sys.exit(run_training(path, overrides, stop_after=seconds))
 
 
 @app.command(context_settings=_ANY_KEY)

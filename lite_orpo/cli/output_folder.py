@@ -3,15 +3,15 @@
 import shutil
 from pathlib import Path
 
-from transformers.trainer_utils import get_last_checkpoint
-
+from ..checkpoint.find import newest_complete
+from ..checkpoint.manifest import why_incomplete
 from ..config.run_config import RunConfig
 from ..errors import ConfigError
 
 METRICS_FILE = "metrics.jsonl"
 CURVES_FILE = "curves.png"
 CONFIG_FILE = "config.resolved.yaml"
-_WEIGHTS = ("adapter_model.safetensors", "model*.safetensors", "checkpoint-*")
+_WEIGHTS = ("adapter_model.safetensors", "model*.safetensors", "checkpoint-*", ".checkpoint-*")
 # Everything by which an earlier run could be mistaken for a part of the new one.
 _PRODUCTS = (
     *_WEIGHTS,
@@ -46,30 +46,35 @@ def check_output_dir(config: RunConfig) -> None:
     except OSError as error:
         raise ConfigError(f"output_dir: {folder} cannot be written: {error.strerror}") from None
     resume = config.training.resume_from_checkpoint
-    newest = get_last_checkpoint(str(folder))
     if resume:
-        _check_checkpoint(resume, folder, newest)
+        _check_checkpoint(resume, folder)
         return
     if config.report.overwrite_output_dir:
         return
     found = [path.name for mark in (*_WEIGHTS, METRICS_FILE) for path in folder.glob(mark)]
     if found:
-        advice = "" if newest is None else f"set resume_from_checkpoint={newest}, "
+        has_checkpoint = newest_complete(folder).checkpoint is not None
+        advice = "go on with it by --resume, " if has_checkpoint else ""
         raise ConfigError(
             f"output_dir: {folder} holds an earlier run ({found[0]}); choose another folder, "
             f"{advice}or set overwrite_output_dir=true"
         )
 
 
-def _check_checkpoint(resume: str | bool, folder: Path, newest: str | None) -> None:
+def _check_checkpoint(resume: str | bool, folder: Path) -> None:
     if resume is True:
-        if newest is None:
-            raise ConfigError(f"resume_from_checkpoint: {folder} holds no checkpoint")
-    elif not (Path(str(resume)) / "trainer_state.json").is_file():
-        known = "" if newest is None else f"; the newest here is {newest}"
+        found = newest_complete(folder)
+        if found.checkpoint is None:
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in found.passed_over)
+            holds = f"no complete one ({reasons})" if reasons else "none"
+            raise ConfigError(f"--resume needs a checkpoint, but {folder} holds {holds}")
+        return
+    reason = why_incomplete(Path(str(resume)))
+    if reason is not None:
+        newest = newest_complete(folder).checkpoint
+        known = "" if newest is None else f"; the newest complete one here is {newest}"
         raise ConfigError(
-            f"resume_from_checkpoint: {resume} is no checkpoint (it has no trainer_state.json)"
-            f"{known}"
+            f"resume_from_checkpoint: {resume} is no complete checkpoint: {reason}{known}"
         )
 
 

@@ -6,6 +6,8 @@ from ..config.yaml_file import Setting, parse_value
 from ..errors import ConfigError
 
 WHERE = "command line"
+# What --resume stands for.
+RESUME = {"resume_from_checkpoint": Setting(True, f"{WHERE} (--resume)")}
 
 
 def split_arguments(arguments: list[str], config: Path | None) -> tuple[Path, dict[str, Setting]]:

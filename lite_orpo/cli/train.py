@@ -18,6 +18,7 @@ from ..config.yaml_file import Setting, write_settings
 from ..data.sources import RowSource, open_source
 from ..device_memory import PeakMemory
 from ..errors import ConfigError, DataError
+from ..interruption import StopWithCheckpoint
 from ..model.adapter import adapter_switched_off, lora_config, trainable_parameters
 from ..model.load import load_model, load_tokenizer
 from ..report.card import write_card
@@ -35,6 +36,7 @@ from .output_folder import (
     check_output_dir,
     remove_earlier_run,
 )
+from .stopped import command_to_go_on, print_stopped
 from .train_output import print_outcome, print_samples, print_start, print_usage
 
 
@@ -45,12 +47,18 @@ class Sources(NamedTuple):
     held_out: RowSource | None
 
 
-def run_training(path: Path, overrides: dict[str, Setting]) -> None:
+def run_training(
+    path: Path, overrides: dict[str, Setting], *, stop_after: float | None = None
+) -> int:
     """Run a training as the configuration says.
 
     Args:
         path: the YAML file.
         overrides: settings from the command line.
+        stop_after: stop with a checkpoint after so many seconds of training.
+
+    Returns:
+        The exit code: 0, or where a signal stopped the training, 128 and its number.
 
     Raises:
         UserError: anything the user can mend, in one line.
@@ -74,9 +82,17 @@ def run_training(path: Path, overrides: dict[str, Setting]) -> None:
     before = _metrics_before(trainer, config, output_dir)
     samples = _samples(config, trainer, sources)
     base_answers = _answers_before(trainer, config, samples)
+    stop = StopWithCheckpoint(stop_after)
+    trainer.add_callback(stop)
     peak = PeakMemory(config.training.device)
     with library_refusals(path, (ImportError,)):
         trainer.train(resume_from_checkpoint=config.training.resume_from_checkpoint)
+    state = trainer.state
+    if stop.reason is not None and state.global_step < state.max_steps:
+        command = command_to_go_on(path, overrides)
+        name = f"checkpoint-{state.global_step}"
+        print_stopped(console, stop.reason, state.global_step, state.max_steps, name, command)
+        return 0 if stop.signal is None else 128 + stop.signal
     memory = peak.allocated(), peak.beyond()
     after = _held_out_metrics(trainer) if has_held_out else {}
     trainer.save_model()
@@ -88,6 +104,7 @@ def run_training(path: Path, overrides: dict[str, Setting]) -> None:
     print_outcome(console, before, after, time.perf_counter() - started)
     print_memory(console, config, trainer, *memory)
     print_usage(console, config, output_dir, METRICS_FILE, CURVES_FILE)
+    return 0
 
 
 def quiet_libraries(console: Console) -> None:

@@ -1,5 +1,6 @@
 """metrics.jsonl: every log line of a run as one JSON object, flushed as it is written."""
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,10 @@ class MetricsFile(TrainerCallback):
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All lines of a metrics file, oldest first."""
-    with path.open(encoding="utf-8") as stream:
-        return [json.loads(line) for line in stream if line.strip()]
+    """All lines of a metrics file, oldest first; one that a killed process left half is skipped."""
+    lines = []
+    with path.open(encoding="utf-8", errors="replace") as stream:
+        for line in stream:
+            with contextlib.suppress(json.JSONDecodeError):
+                lines.append(json.loads(line))
+    return lines

@@ -1,54 +1,14 @@
 """`lite-orpo train` from a user's side: second runs, resuming, and what must not be mixed."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
-from lite_orpo.cli.main import run
 from lite_orpo.report.metrics_file import read_metrics
 
 ROOT = Path(__file__).parents[2]
-SHORT = [
-    "max_steps=4",
-    "per_device_train_batch_size=2",
-    "gradient_accumulation_steps=1",
-    "logging_steps=1",
-    "eval_strategy=no",
-    "sample_prompts=0",
-    "save_plots=false",
-]
-
-
-@pytest.fixture
-def train(tmp_path, monkeypatch, capsys):
-    """Run the command in this process; returns (exit code, what stderr said, output folder)."""
-    monkeypatch.chdir(ROOT)
-    data = tmp_path / "pairs.jsonl"
-    lines = (ROOT / "examples/demo_data/train.jsonl").read_text().splitlines()[:20]
-    data.write_text("\n".join(lines))
-    held_out = tmp_path / "held_out.jsonl"
-    held_out.write_text("\n".join(lines[:4]))
-    folder = tmp_path / "out"
-
-    def call(*words: str) -> tuple[int, str, Path]:
-        command = ["lite-orpo", "train", "examples/demo.yaml", *SHORT]
-        command += ["overwrite_output_dir=false", f"output_dir={folder}"]
-        given = {word.split("=")[0] for word in words}
-        command = [word for word in command if word.split("=")[0] not in given]
-        command += [f"dataset_name={data}"] * ("dataset_name" not in given)
-        command += [f"eval_dataset_name={held_out}"] * ("eval_dataset_name" not in given)
-        monkeypatch.setattr(sys, "argv", [*command, *words])
-        code = 0
-        try:
-            run()
-        except SystemExit as stopped:
-            code = int(stopped.code or 0)
-        return code, capsys.readouterr().err, folder
-
-    return call
 
 
 def test_a_second_run_is_refused_until_it_may_overwrite(train):
@@ -90,7 +50,8 @@ def test_resuming_the_newest_checkpoint_ends_as_the_unbroken_run(train):
     (folder / "checkpoint-4" / "trainer_state.json").unlink()
     words = ("save_strategy=steps", "save_steps=2")
     code, error, _ = train(*words, f"resume_from_checkpoint={folder}/checkpoint-4")
-    assert code == 2 and "is no checkpoint" in error
+    assert code == 2 and "is no complete checkpoint: trainer_state.json cannot be read" in error
+    assert f"the newest complete one here is {folder}/checkpoint-2" in error
     code, error, _ = train(*words, f"resume_from_checkpoint={folder}/checkpoint-2")
     assert code == 0, error
     resumed = load_file(folder / "adapter_model.safetensors")
@@ -103,7 +64,7 @@ def test_resuming_the_newest_checkpoint_ends_as_the_unbroken_run(train):
 
 def test_resume_true_takes_the_newest_checkpoint_or_says_there_is_none(train):
     code, error, folder = train("resume_from_checkpoint=true")
-    assert code == 2 and "holds no checkpoint" in error
+    assert code == 2 and "--resume needs a checkpoint" in error and "holds none" in error
     assert train("save_strategy=steps", "save_steps=2")[0] == 0
     assert train("resume_from_checkpoint=true", "max_steps=6")[0] == 0
     steps = [line["step"] for line in read_metrics(folder / "metrics.jsonl") if "loss" in line]
@@ -130,7 +91,7 @@ def test_the_best_checkpoints_figures_are_the_best_checkpoints(train):
         ("report_to=tensorboard", "ensorboard"),
         ("loss_backend=tritn", "loss_backend: backend='tritn' is unknown"),
         ("model_name_or_path=examples/demo_data", "the folder has no config.json"),
-        ("resume_from_checkpoint=nowhere", "is no checkpoint"),
+        ("resume_from_checkpoint=nowhere", "is no complete checkpoint"),
     ],
 )
 def test_a_setting_that_cannot_work_is_one_line_and_exit_2(train, word, message):

@@ -22,6 +22,7 @@ RANK = {
     "lite_orpo.metrics": 4,
     "lite_orpo.throughput": 4,
     "lite_orpo.device_memory": 0,
+    "lite_orpo.interruption": 0,
     "lite_orpo.random_state": 0,
     "lite_orpo.checkpoint": 1,
     "lite_orpo.checkpointing": 4,

@@ -1,0 +1,92 @@
+"""A training that is asked to stop ends after the step that it is in, with a checkpoint.
+
+Asked by a signal (Ctrl-C, or what a system sends before it shuts down) or by the clock. All ranks
+stop after the same step.
+"""
+
+import signal
+import threading
+import time
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import distributed
+from transformers import TrainerCallback
+
+_SIGNALS = ("SIGINT", "SIGTERM")
+
+
+class EvaluationCut(Exception):
+    """Raised inside an evaluation during training, which a stop does not wait for."""
+
+
+class StopWithCheckpoint(TrainerCallback):
+    """Stops a training after its current step and has it saved, when a signal or the clock asks.
+
+    A second signal stops at once, as if this was not there. Signals are listened to while the
+    training runs, in the main thread.
+
+    Args:
+        seconds: stop after so long, counted from the beginning of the training; None: never.
+    """
+
+    def __init__(self, seconds: float | None = None) -> None:
+        self.reason: str | None = None
+        """Why the training was stopped; None while it was not."""
+        self.signal: int | None = None
+        """The signal, where one was the reason."""
+        self._seconds = seconds
+        self._ends_at: float | None = None
+        self._handlers: dict[int, Any] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Begin to listen."""
+        if self._seconds is not None:
+            self._ends_at = time.monotonic() + self._seconds
+        if threading.current_thread() is threading.main_thread() and not self._handlers:
+            for name in _SIGNALS:
+                number = getattr(signal, name)
+                self._handlers[number] = signal.signal(number, self._ask)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None:
+            self.stop_listening()
+            signal.raise_signal(number)
+            return
+        self.signal = number
+        self.reason = signal.Signals(number).name
+        # print may be in the middle of a line, but is safe to call from Python's handlers.
+        print(f"\n{self.reason}: stopping after this step with a checkpoint; again to stop at once")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Stop and save, if any rank was asked to."""
+        if self.reason is None and self._ends_at is not None and time.monotonic() >= self._ends_at:
+            self.reason = "the time is over"
+        if _any_rank(self.reason is not None, args.device):
+            self.reason = self.reason or "another rank was asked to stop"
+            control.should_training_stop = True
+            control.should_save = True
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Cut an evaluation; with several ranks it ends by itself, for they wait for each other."""
+        if self.signal is not None and args.world_size == 1:
+            raise EvaluationCut
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Listen no longer."""
+        self.stop_listening()
+
+    def stop_listening(self) -> None:
+        """Give the signals back to whom they had."""
+        for number, handler in self._handlers.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self._handlers = {}
+
+
+def _any_rank(asked: bool, device: torch.device) -> bool:
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return asked
+    flag = torch.tensor([int(asked)], device=device)
+    distributed.all_reduce(flag, op=distributed.ReduceOp.MAX)
+    return bool(flag.item())

@@ -1,0 +1,131 @@
+"""A run that is stopped ends with a complete checkpoint and says how it goes on; then it does."""
+
+import shlex
+import signal
+
+import pytest
+from safetensors.torch import load_file
+
+from lite_orpo.checkpoint import staging
+from lite_orpo.checkpoint.manifest import why_incomplete
+from lite_orpo.cli.stopped import command_to_go_on, seconds_of
+from lite_orpo.config.yaml_file import Setting
+from lite_orpo.errors import ConfigError
+from lite_orpo.report.metrics_file import MetricsFile
+from lite_orpo.report.progress import TrainingProgress
+
+
+@pytest.fixture
+def unbroken(train):
+    code, _, folder = train()
+    assert code == 0
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def send_at(monkeypatch, owner, name, number, *, when=lambda *arguments, **options: True):
+    """Send this process a signal at the first call that `when` picks."""
+    own, left = getattr(owner, name), [1]
+
+    def wrapped(*arguments, **options):
+        if left and when(*arguments, **options):
+            left.clear()
+            signal.raise_signal(number)
+        return own(*arguments, **options)
+
+    monkeypatch.setattr(owner, name, wrapped)
+
+
+def at_step(step):
+    return lambda self, args, state, control, **_: state.global_step == step
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+def test_a_signal_ends_the_run_after_its_step_and_it_goes_on_bit_for_bit(
+    number, train, unbroken, tmp_path, monkeypatch, capsys
+):
+    folder = tmp_path / "stopped"
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    with monkeypatch.context() as patched:
+        send_at(patched, MetricsFile, "on_log", number, when=at_step(2))
+        code, _, _ = train(f"output_dir={folder}")
+    assert code == 128 + number
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+    (checkpoint,) = folder.glob("checkpoint-*")
+    assert why_incomplete(checkpoint) is None
+    assert not (folder / "adapter_model.safetensors").exists()
+    code, error, _ = train(f"output_dir={folder}", "--resume")
+    assert code == 0, error
+    found = load_file(folder / "adapter_model.safetensors")
+    assert all((found[name] == unbroken[name]).all() for name in unbroken)
+
+
+def test_a_second_signal_stops_at_once(train, tmp_path, monkeypatch):
+    folder = tmp_path / "stopped"
+    own = MetricsFile.on_log
+
+    def twice(*arguments, **options):
+        if arguments[2].global_step == 2:
+            for _ in range(2):
+                signal.raise_signal(signal.SIGINT)  # its handler runs before this returns
+        return own(*arguments, **options)
+
+    monkeypatch.setattr(MetricsFile, "on_log", twice)
+    assert train(f"output_dir={folder}")[0] == 130
+    assert not list(folder.glob("checkpoint-*"))
+
+
+def test_an_evaluation_is_cut_and_the_step_before_it_saved(train, unbroken, tmp_path, monkeypatch):
+    words = (f"output_dir={tmp_path / 'stopped'}", "eval_strategy=steps", "eval_steps=2")
+    with monkeypatch.context() as patched:
+        send_at(patched, TrainingProgress, "on_prediction_step", signal.SIGINT, when=at_step(2))
+        assert train(*words)[0] == 130
+    assert why_incomplete(tmp_path / "stopped" / "checkpoint-2") is None
+    assert train(*words, "--resume")[0] == 0
+    found = load_file(tmp_path / "stopped" / "adapter_model.safetensors")
+    assert all((found[name] == unbroken[name]).all() for name in unbroken)
+
+
+def test_a_save_that_is_under_way_is_finished(train, tmp_path, monkeypatch):
+    words = (f"output_dir={tmp_path / 'stopped'}", "save_strategy=steps", "save_steps=2")
+    send_at(monkeypatch, staging, "write_manifest", signal.SIGINT)
+    assert train(*words)[0] == 130
+    names = sorted(path.name for path in (tmp_path / "stopped").glob("*checkpoint*"))
+    assert names == ["checkpoint-2", "checkpoint-3"]
+    assert all(why_incomplete(tmp_path / "stopped" / name) is None for name in names)
+
+
+def test_a_time_budget_stops_the_same_way(train, unbroken, tmp_path):
+    words = (f"output_dir={tmp_path / 'stopped'}",)
+    assert train(*words, "--stop-after", "0.01s")[0] == 0
+    assert why_incomplete(tmp_path / "stopped" / "checkpoint-1") is None
+    assert train(*words, "--resume")[0] == 0
+    found = load_file(tmp_path / "stopped" / "adapter_model.safetensors")
+    assert all((found[name] == unbroken[name]).all() for name in unbroken)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("45m", 2700), ("1h30m", 5400), ("90s", 90), ("1.5h", 5400)]
+)
+def test_a_duration_is_read(text, seconds):
+    assert seconds_of(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "45", "m", "-5m", "1d", "0s", "5m and more"])
+def test_what_is_no_duration_is_refused(text):
+    with pytest.raises(ConfigError, match="--stop-after must be a duration such as 45m"):
+        seconds_of(text)
+
+
+def test_the_command_that_goes_on_has_what_was_typed(tmp_path):
+    typed = {
+        "learning_rate": Setting(1e-4, ""),
+        "output_dir": Setting("my runs/a", ""),
+        "bf16": Setting(False, ""),
+        "max_length": Setting(None, ""),
+        "resume_from_checkpoint": Setting(True, ""),
+    }
+    command = command_to_go_on(tmp_path / "config.yaml", typed)
+    assert shlex.split(command) == [
+        "lite-orpo", "train", str(tmp_path / "config.yaml"), "learning_rate=0.0001",
+        "output_dir=my runs/a", "bf16=false", "max_length=null", "--resume",
+    ]  # fmt: skip
