@@ -44,7 +44,7 @@ def tokenize_pair(row: PreferenceRow, tokenizer: Tokenizer) -> TokenizedPair:
         DataError: messages, but the tokenizer has no chat template.
         RowProblem: the chat template refuses the row, or leaves a completion empty.
     """
-    texts = _chat_texts(row, tokenizer) if row.is_conversational else _Texts(*row)  # type: ignore[arg-type]
+    texts = _chat_texts(row, tokenizer) if row.is_conversational else _plain_texts(row)
     prompt = _ids(tokenizer, texts.prompt)
     bos = tokenizer.bos_token_id
     if bos is not None and prompt[:1] != [bos]:
@@ -60,10 +60,14 @@ def tokenize_pair(row: PreferenceRow, tokenizer: Tokenizer) -> TokenizedPair:
     )
 
 
+def _plain_texts(row: PreferenceRow) -> _Texts:
+    return _Texts(str(row.prompt), str(row.chosen), str(row.rejected))
+
+
 def special_texts_in(row: PreferenceRow, tokenizer: Tokenizer) -> list[str]:
     """Special tokens that stand as text in the row's own content, and would be read as such."""
     contents: list[str] = []
-    for value in row:
+    for value in (row.prompt, row.chosen, row.rejected):
         if isinstance(value, str):
             contents.append(value)
         else:
