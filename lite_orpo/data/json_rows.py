@@ -82,12 +82,12 @@ def _row_of(line: NumberedLine, path: Path) -> Any:
     if line.text is None:
         return UnreadRow(f"the line is longer than {MAX_LINE_BYTES / 2**20:g} MiB")
     try:
-        return json.loads(line.text, object_pairs_hook=_object_without_repeats)
+        return json.loads(line.text.rstrip(), object_pairs_hook=_object_without_repeats)
     except _RepeatedKey as error:
         raise DataError(f"{path} line {line.number}: key {error} stands there twice") from None
     except json.JSONDecodeError as error:
         raise DataError(
-            f"{path} line {line.number}: not valid JSON ({error.msg} at column {error.colno}); "
+            f"{path} line {line.number}: not valid JSON ({error.msg} at character {error.pos + 1}); "
             "mend or delete the line"
         ) from None
     except ValueError:  # of a number with thousands of digits

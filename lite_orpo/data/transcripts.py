@@ -10,7 +10,7 @@ from os.path import commonprefix
 from ..errors import RowProblem
 from .preference_row import PreferenceRow
 
-HUMAN, ASSISTANT = "Human:", "\n\nAssistant:"
+HUMAN, NEXT_TURN, ASSISTANT = "Human:", "\n\nHuman:", "\n\nAssistant:"
 
 
 def is_transcript(text: str) -> bool:
@@ -43,9 +43,9 @@ def split_transcripts(chosen: str, rejected: str) -> PreferenceRow:
         )
     border = start + len(ASSISTANT)
     row = PreferenceRow(shared[:border], chosen[border:], rejected[border:])
-    for column, answer in (("chosen", row.chosen), ("rejected", row.rejected)):
-        if not str(answer).strip():
+    for column, answer in (("chosen", chosen[border:]), ("rejected", rejected[border:])):
+        if not answer.strip():
             raise RowProblem(column, "has an empty last answer in its transcript")
-        if str(answer).lstrip().startswith(HUMAN):
-            raise RowProblem(column, "has no answer before the person speaks again")
+        if not answer.split(NEXT_TURN)[0].strip():
+            raise RowProblem(column, "has an empty answer before the person speaks again")
     return row

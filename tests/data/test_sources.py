@@ -89,7 +89,7 @@ def test_a_bad_line_is_named_by_its_number(tmp_path):
     path = write(tmp_path / "a.jsonl", json_lines()[:-1] + '\n\n{"prompt": "q",}\n' + json_lines())
     message = refused(lambda: read(path))
     assert f"{path} line 5: not valid JSON" in message
-    assert "column 16" in message
+    assert "at character 16)" in message
 
 
 def test_a_truncated_archive_is_named_with_the_last_good_line(tmp_path):
