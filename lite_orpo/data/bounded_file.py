@@ -18,7 +18,7 @@ from ..errors import DataError
 MAX_LINE_BYTES = 16 * 2**20
 # Text packs 3 to 10 times, the same row over and over some 200 times; a bomb 1,000 times.
 MAX_PACKED_RATIO = 250
-UNPACKED_WITHOUT_QUESTION = 64 * 2**20
+UNPACKED_WITHOUT_QUESTION = 16 * 2**20
 
 _PIECE_BYTES = 2**16
 
@@ -73,8 +73,6 @@ class BoundedFile:
             raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
         self._is_packed = path.suffix == ".gz"
         self._stream: Any = gzip.GzipFile(fileobj=self._raw) if self._is_packed else self._raw
-        if not self._is_packed:
-            refuse_what_is_no_text(path, self._raw.peek(64))
 
     def __enter__(self) -> "BoundedFile":
         return self
@@ -141,6 +139,8 @@ class BoundedFile:
             ) from None
         except OSError as error:
             raise DataError(f"{self._path}: cannot be read: {error.strerror or error}") from None
+        if not self._unpacked:
+            refuse_what_is_no_text(self._path, data)
         self._unpacked += len(data)
         if self._is_packed and self._unpacked > UNPACKED_WITHOUT_QUESTION:
             packed = self._raw.tell()

@@ -87,8 +87,8 @@ def _row_of(line: NumberedLine, path: Path) -> Any:
         raise DataError(f"{path} line {line.number}: key {error} stands there twice") from None
     except json.JSONDecodeError as error:
         raise DataError(
-            f"{path} line {line.number}: not valid JSON ({error.msg} at character {error.pos + 1}); "
-            "mend or delete the line"
+            f"{path} line {line.number}: not valid JSON ({error.msg} at character "
+            f"{error.pos + 1}); mend or delete the line"
         ) from None
     except ValueError:  # of a number with thousands of digits
         raise DataError(f"{path} line {line.number}: a number is too long to be read") from None
