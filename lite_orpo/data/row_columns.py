@@ -42,6 +42,9 @@ class RowParts:
     """Prompt columns that hold something; an empty text only if no other does."""
     system: str = ""
     tools: list[Any] | None = None
+    speaks_in_turns: bool = False
+    """Whether there is a system or tools column, empty in this row or not: the rows of a file
+    that has one are all messages, rather than some of them."""
     columns: dict[str, str] = field(default_factory=dict)
     """Names of the parts' columns in the file, for messages."""
 
@@ -106,8 +109,13 @@ def read_parts(row: Any) -> RowParts:
     if parts.prompts:
         names.setdefault("prompt", next(iter(parts.prompts)))
     parts.system = _system(row, mapping, names)
-    if "tools" not in mapping or mapping["tools"] is not None:
-        parts.tools = check_tools(names.get("tools", TOOLS_COLUMN), row.get(TOOLS_COLUMN))
+    parts.tools = _tools(row, mapping, names)
+    parts.speaks_in_turns = any(
+        column in row
+        for part, columns in (("system", SYSTEM_COLUMNS), ("tools", (TOOLS_COLUMN,)))
+        for column in columns
+        if mapping.get(part, column) is not None
+    )
     check_size({
         names["chosen"]: parts.chosen, names["rejected"]: parts.rejected,
         **parts.prompts, names.get("system", "system"): parts.system,
@@ -204,6 +212,17 @@ def _system(row: Mapping[Any, Any], mapping: Mapping[str, Any], names: dict[str,
         names["system"] = name
         return check_text(name, value) if value.strip() else ""
     return ""
+
+
+def _tools(
+    row: Mapping[Any, Any], mapping: Mapping[str, Any], names: dict[str, str]
+) -> list[Any] | None:
+    name = names.get("tools", TOOLS_COLUMN)
+    if mapping.get("tools", "") is None:
+        return None
+    if "tools" in mapping and TOOLS_COLUMN not in row:
+        raise RowProblem(name, _missing(row, "tools", name))
+    return check_tools(name, row.get(TOOLS_COLUMN))
 
 
 def _checked(column: str, value: Any) -> Value:

@@ -55,7 +55,7 @@ def _is_whole_text(parts: RowParts) -> bool:
 
 
 def _is_text_for_turns(parts: RowParts) -> bool:
-    return _is_whole_text(parts) and bool(parts.system.strip() or parts.tools)
+    return _is_whole_text(parts) and parts.speaks_in_turns
 
 
 def _has_messages_and_texts(parts: RowParts) -> bool:
@@ -155,7 +155,7 @@ def _read_text_and_messages(parts: RowParts) -> PreferenceRow:
 
 FORMATS: tuple[RowFormat, ...] = (
     RowFormat("HH-RLHF transcripts", _are_transcripts, _read_transcripts),
-    RowFormat("text with a system message or tools, as messages", _is_text_for_turns, _read_turns),
+    RowFormat("text beside a system or tools column, as messages", _is_text_for_turns, _read_turns),
     RowFormat("text", _is_whole_text, _read_text),
     RowFormat(
         "message prompt, text completions", _has_messages_and_texts, _read_messages_and_texts

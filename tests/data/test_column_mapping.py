@@ -41,6 +41,10 @@ def test_a_prompt_of_null_takes_it_from_the_messages():
 def test_a_system_of_null_leaves_the_column_out():
     row = {"system": "gpt-4", "prompt": "q", "chosen": "a", "rejected": "b"}
     assert parse_row(mapped(row, {"system": None})).prompt == "q"
+    assert parse_row(row).prompt == [
+        {"role": "system", "content": "gpt-4"},
+        {"role": "user", "content": "q"},
+    ]
 
 
 def test_completions_may_be_swapped():

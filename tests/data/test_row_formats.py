@@ -110,18 +110,18 @@ KNOWN = {
     ),
     "Intel/orca_dpo_pairs": (
         {"system": "Be brief.", "question": "Why?", "chosen": "Because.", "rejected": "No."},
-        "text with a system message or tools, as messages (prompt: 'question')",
+        "text beside a system or tools column, as messages (prompt: 'question')",
         ([system("Be brief."), user("Why?")], [assistant("Because.")], [assistant("No.")]),
     ),
     "Intel/orca_dpo_pairs, no system message": (
         {"system": "", "question": "Why?", "chosen": "Because.", "rejected": "No."},
-        "text (prompt: 'question')",
-        ("Why?", "Because.", "No."),
+        "text beside a system or tools column, as messages (prompt: 'question')",
+        ([user("Why?")], [assistant("Because.")], [assistant("No.")]),
     ),
     "argilla/distilabel-intel-orca-dpo-pairs": (
         {"system": "Be brief.", "input": "Why?", "chosen": "Because.", "rejected": "No.",
          "generations": ["Because.", "No."], "rating": [9.0, 2.0], "status": "unchanged"},
-        "text with a system message or tools, as messages (prompt: 'input')",
+        "text beside a system or tools column, as messages (prompt: 'input')",
         ([system("Be brief."), user("Why?")], [assistant("Because.")], [assistant("No.")]),
     ),
     "Anthropic/hh-rlhf": (
@@ -282,6 +282,14 @@ def test_what_is_in_doubt_is_refused_with_the_remedy(row, column, words):
         parse_row(row)
     assert (caught.value.column, words in caught.value.problem) == (column, True), caught.value
     assert len(str(caught.value)) < 400
+
+
+def test_a_file_with_a_system_column_is_messages_in_every_row():
+    row = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    for value in ("", None, "Be brief."):
+        assert parse_row({**row, "system": value}).is_conversational
+    assert parse_row({**row, "tools": None}).is_conversational
+    assert not parse_row(row).is_conversational
 
 
 def test_a_problem_names_the_column_as_it_stands_in_the_file():

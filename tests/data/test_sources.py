@@ -7,7 +7,7 @@ from pathlib import Path
 import datasets
 import pytest
 
-from lite_orpo.data.sources import dataset_source, open_source
+from lite_orpo.data.sources import SplitMissing, dataset_source, open_source
 from lite_orpo.errors import DataError, HubError
 
 ROWS = [
@@ -209,3 +209,39 @@ def test_a_json_file_that_is_one_object_is_no_list_of_rows(tmp_path):
     path.write_text('{"data": [{"prompt": "a", "chosen": "b", "rejected": "c"}]}')
     with pytest.raises(DataError, match="one JSON object; expected a list of rows"):
         list(open_source(str(path), split="train").read())
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "words"),
+    [
+        (
+            ValueError("Unknown split \"test\". Should be one of ['train']."),
+            SplitMissing,
+            "Unknown",
+        ),
+        (ValueError("Config name is missing.\nPick one"), DataError, "Config name is missing."),
+        (RuntimeError("Dataset scripts are no longer supported"), DataError, "scripts"),
+        (datasets.exceptions.DatasetGenerationError("bad file"), DataError, "bad file"),
+        (datasets.exceptions.DatasetNotFoundError("no such"), HubError, "check the name"),
+    ],
+    ids=["split", "config", "script", "generation", "name"],
+)
+def test_what_the_hub_answers_is_one_line_with_the_name(monkeypatch, error, kind, words):
+    def refuse(*_, **__):
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises((DataError, HubError)) as caught:
+        open_source("someone/pairs", split="test")
+    assert type(caught.value) is kind
+    assert "'someone/pairs'" in str(caught.value)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_hub_name_gives_its_split_with_the_mapping(monkeypatch):
+    table = datasets.Dataset.from_list([{"q": "a", "chosen": "b", "rejected": "c"}])
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: table)
+    source = open_source("someone/pairs", split="train", column_mapping={"prompt": "q"})
+    assert (source.name, source.size) == ("someone/pairs [train]", 1)
+    assert next(iter(source.read())).row == {"chosen": "b", "rejected": "c", "prompt": "a"}
