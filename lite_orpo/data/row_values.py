@@ -10,7 +10,8 @@ from typing import Any
 from ..errors import RowProblem
 from .preference_row import ROLES, Message
 
-MAX_ROW_CHARACTERS = 4 * 2**20
+# Some 250,000 tokens; four times as much took a tokenizer up to ten seconds and 1.2 GB.
+MAX_ROW_CHARACTERS = 2**20
 MAX_DEPTH = 40
 _NODE_COST = 8  # of a list entry or key: empty ones in millions are large, too
 

@@ -111,6 +111,13 @@ def test_the_resolved_settings_reproduce_the_run(load, tmp_path):
     assert again.lora == first.lora and again.report == first.report
 
 
+def test_a_column_mapping_is_read_and_reproduced(load, tmp_path):
+    first = load("column_mapping: {prompt: question, chosen: good, system: null}\n")
+    assert first.data.column_mapping == {"prompt": "question", "chosen": "good", "system": None}
+    write_settings(tmp_path / "resolved.yaml", first.as_settings())
+    assert load_run_config(tmp_path / "resolved.yaml", {}).data == first.data
+
+
 def test_the_hub_token_is_never_written(load):
     config = load("hub_token: secret-value\n")
     assert "secret-value" not in repr(config.as_settings())

@@ -271,10 +271,10 @@ TURNS = {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\n
         pytest.param({**TEXT, "chosen": "a\ud83d"}, "chosen", "half of a character (\\ud83d",
                      id="lone-surrogate"),
         pytest.param({**TEXT, "prompt": "x" * 5_000_000}, "prompt",
-                     "5,000,000 characters; a row may have 4,194,304", id="huge-text"),
-        pytest.param({**CHAT, "chosen": [assistant("x" * 3_000_000)] * 2}, "chosen", "is too large",
+                     "5,000,000 characters; a row may have 1,048,576", id="huge-text"),
+        pytest.param({**CHAT, "chosen": [assistant("x" * 600_000)] * 2}, "chosen", "is too large",
                      id="huge-messages"),
-        pytest.param({**CHAT, "chosen": [GOOD] * 600_000}, "chosen", "600,000 messages", id="many"),
+        pytest.param({**CHAT, "chosen": [GOOD] * 200_000}, "chosen", "200,000 messages", id="many"),
     ],
 )  # fmt: skip
 def test_what_is_in_doubt_is_refused_with_the_remedy(row, column, words):
