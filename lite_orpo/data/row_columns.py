@@ -125,22 +125,30 @@ def read_parts(row: Any) -> RowParts:
 
 
 def _refuse_near_misses(row: Mapping[Any, Any], mapping: Mapping[str, Any]) -> None:
-    found = {}
+    found: dict[str, str] = {}
     for name, value in row.items():
         plain = "_".join(str(name).replace("-", " ").split()).lower()
         part = _PART_OF_NAME.get(plain)
         if part and plain != name and part not in mapping and not _is_blank(value):
-            found[str(name)] = part
-    if not found:
-        return
-    name, part = next(((n, p) for n, p in found.items() if p == "chosen"), [*found.items()][0])
-    suggestion = ", ".join(f"{p}: {n.strip()}" for n, p in found.items())
-    raise RowProblem(
-        part,
-        f"is missing; rename column {name!r}, or set column_mapping: {{{suggestion}}}"
-        if part not in row
-        else f"and column {name!r} differ in how they are written only; rename one of them",
-    )
+            found.setdefault(part, str(name))
+    for part, name in found.items():
+        if part in row:
+            raise RowProblem(
+                part,
+                f"and column {shown(name)} could both be meant; say which: "
+                f"column_mapping: {{{part}: {part}}}",
+            )
+    if found:
+        part = "chosen" if "chosen" in found else next(iter(found))
+        suggestion = ", ".join(
+            f"{part}: {name if name.isidentifier() else shown(name)}"
+            for part, name in found.items()
+        )
+        raise RowProblem(
+            part,
+            f"is missing; rename column {shown(found[part])}, or set column_mapping: "
+            f"{{{suggestion}}}",
+        )
 
 
 def _completion_columns(row: Mapping[Any, Any], mapping: Mapping[str, Any]) -> tuple[str, str]:

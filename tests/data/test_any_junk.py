@@ -46,7 +46,29 @@ MESSAGE = st.fixed_dictionaries(
 SHORT = st.sampled_from([{"role": r, "content": c} for r in ("user", "assistant") for c in "ab"])
 MESSAGES = st.lists(SHORT, max_size=4) | st.lists(SHORT | MESSAGE | JSON_VALUE, max_size=4)
 VALUE = TEXT | MESSAGES | JSON_VALUE
+USER, GOOD, BAD = (
+    {"role": role, "content": text}
+    for role, text in (("user", "why?"), ("assistant", "so"), ("assistant", "no"))
+)
+RIGHT = st.sampled_from([
+    {"prompt": "q", "chosen": "a", "rejected": "b"},
+    {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]},
+    {"chosen": [USER, GOOD], "rejected": [USER, BAD]},
+    {"prompt": "why?", "chosen": [USER, GOOD], "rejected": [USER, BAD], "messages": [USER, GOOD]},
+    {"prompt": "why?", "chosen": [GOOD], "rejected": [BAD]},
+    {"prompt": [USER], "chosen": "so", "rejected": "no", "tools": None},
+    {"system": "s", "question": "q", "chosen": "a", "rejected": "b"},
+    {"instruction": "q", "chosen_response": "a", "rejected_response": "b"},
+    {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"},
+])  # fmt: skip
+NEARLY_RIGHT = st.builds(
+    lambda row, other: {**row, **other},
+    RIGHT,
+    st.dictionaries(st.sampled_from(NAMES), VALUE, max_size=1),
+)
 ROW = st.one_of(
+    NEARLY_RIGHT,
+    NEARLY_RIGHT,
     st.fixed_dictionaries({"chosen": TEXT, "rejected": TEXT}, optional={"prompt": VALUE}),
     st.fixed_dictionaries({"chosen": MESSAGES, "rejected": MESSAGES}, optional={"prompt": VALUE}),
     st.dictionaries(st.sampled_from(NAMES), VALUE, max_size=8),

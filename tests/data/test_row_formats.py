@@ -260,7 +260,7 @@ TURNS = {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\n
                      id="capital-prompt-is-not-dropped"),
         pytest.param({**TEXT, "System": "s"}, "system", "rename column 'System'",
                      id="capital-system-is-not-dropped"),
-        pytest.param({**TEXT, "Prompt": "r"}, "prompt", "differ in how they are written only",
+        pytest.param({**TEXT, "Prompt": "r"}, "prompt", "and column 'Prompt' could both be meant",
                      id="two-spellings"),
         pytest.param({"prompt": "q", "good": "a", "bad": "b"}, "chosen",
                      "columns found: 'prompt', 'good', 'bad'; set column_", id="other-names"),
