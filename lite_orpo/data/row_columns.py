@@ -13,6 +13,7 @@ from ..errors import RowProblem
 from .column_mapping import MappedRow
 from .preference_row import Message
 from .row_values import check_messages, check_size, check_text, check_tools, kind_of, shown
+from .transcripts import is_transcript
 
 COMPLETION_COLUMNS = (("chosen", "rejected"), ("chosen_response", "rejected_response"))
 PROMPT_COLUMNS = ("prompt", "question", "instruction", "input")
@@ -106,6 +107,8 @@ def read_parts(row: Any) -> RowParts:
         columns=names,
     )
     parts.prompts = _prompts(row, mapping, names)
+    if "prompt" not in mapping and not _tell_all(parts):
+        _refuse_context(row, parts)
     if parts.prompts:
         names.setdefault("prompt", next(iter(parts.prompts)))
     parts.system = _system(row, mapping, names)
@@ -122,6 +125,26 @@ def read_parts(row: Any) -> RowParts:
         names.get("tools", TOOLS_COLUMN): parts.tools or [],
     })  # fmt: skip
     return parts
+
+
+def _tell_all(parts: RowParts) -> bool:
+    """Whether both completions are conversations from their beginning, so that nothing is lost."""
+    return all(
+        is_transcript(value) if isinstance(value, str) else value[0]["role"] != "assistant"
+        for value in (parts.chosen, parts.rejected)
+    )
+
+
+def _refuse_context(row: Mapping[Any, Any], parts: RowParts) -> None:
+    for name in CONTEXT_COLUMNS:
+        if not _is_blank(row.get(name)):
+            # Beside a prompt it is more of it; without one, it may be the prompt itself.
+            main = next(iter(parts.prompts), name)
+            raise RowProblem(
+                name,
+                "would be left out; put it into the prompt, or say which column the whole prompt "
+                f"is: column_mapping: {{prompt: {main}}}",
+            )
 
 
 def _refuse_near_misses(row: Mapping[Any, Any], mapping: Mapping[str, Any]) -> None:
@@ -192,14 +215,6 @@ def _prompts(
         for name in PROMPT_COLUMNS
         if row.get(name) is not None
     }
-    for name in CONTEXT_COLUMNS:
-        if not _is_blank(row.get(name)):
-            main = next(iter(found), "prompt")
-            raise RowProblem(
-                name,
-                "would be left out; put it into the prompt, or say that the prompt is whole: "
-                f"column_mapping: {{prompt: {main}}}",
-            )
     filled = {name: value for name, value in found.items() if _stripped(value)}
     return filled or dict([*found.items()][:1])
 

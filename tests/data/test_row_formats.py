@@ -108,6 +108,18 @@ KNOWN = {
         "messages, prompt also in a column",
         ([system("Be brief."), ASK], [GOOD], [BAD]),
     ),
+    "argilla/distilabel-capybara-dpo-7k-binarized": (
+        {
+            "source": "Dove",
+            "conversation": [{"input": ASK["content"], "output": "Rayleigh."}],
+            "prompt": ASK["content"],
+            "chosen": [ASK, GOOD],
+            "rejected": [ASK, BAD],
+            "rating_chosen": 5.0,
+        },
+        "messages, prompt also in a column",
+        ([ASK], [GOOD], [BAD]),
+    ),
     "Intel/orca_dpo_pairs": (
         {"system": "Be brief.", "question": "Why?", "chosen": "Because.", "rejected": "No."},
         "text beside a system or tools column, as messages (prompt: 'question')",
@@ -218,7 +230,10 @@ TURNS = {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\n
         pytest.param(
             {**TEXT, "history": [["a", "b"]]}, "history", "would be left out", id="history",
         ),
-        pytest.param({**TEXT, "context": "c"}, "context", "would be left out", id="context"),
+        pytest.param({**TEXT, "context": "c"}, "context", "column_mapping: {prompt: prompt}",
+                     id="context"),
+        pytest.param({"context": "c", "chosen": "a", "rejected": "b"}, "context",
+                     "column_mapping: {prompt: context}", id="context-alone"),
         pytest.param(
             {**WHOLE, "prompt": "How deep is the sea?"}, "prompt",
             "is not among the messages that both conversations begin with; to take the prompt "
