@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
+from ..config.options import DataOptions
 from ..config.run_config import RunConfig, load_run_config
 from ..config.yaml_file import Setting, write_settings
-from ..data.sources import RowSource, open_source
+from ..data.sources import RowSource, SplitMissing, open_source
 from ..device_memory import PeakMemory
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError
 from ..model.adapter import adapter_switched_off, lora_config, trainable_parameters
 from ..model.load import load_model, load_tokenizer
 from ..report.card import write_card
@@ -117,15 +118,11 @@ def open_sources(config: RunConfig) -> Sources:
     data = config.data
     if data.dataset_name is None:
         raise ConfigError("dataset_name is not set; give a preference file or a hub name")
-    train = open_source(
-        data.dataset_name, split=data.dataset_train_split, config_name=data.dataset_config
-    )
+    train = _open(data, data.dataset_name, data.dataset_train_split)
     if data.eval_dataset_name is not None:
-        held_out: RowSource | None = open_source(
-            data.eval_dataset_name, split=data.dataset_test_split, config_name=data.dataset_config
-        )
+        held_out: RowSource | None = _open(data, data.eval_dataset_name, data.dataset_test_split)
     else:
-        held_out = _test_split(config)
+        held_out = _test_split(data)
     if held_out is None and config.training.eval_strategy != "no":
         raise ConfigError(
             f"eval_strategy is {config.training.eval_strategy.value}, but there are no held-out "
@@ -134,15 +131,19 @@ def open_sources(config: RunConfig) -> Sources:
     return Sources(train, held_out)
 
 
-def _test_split(config: RunConfig) -> RowSource | None:
-    name = str(config.data.dataset_name)
-    if Path(name).is_file():
+def _open(data: DataOptions, name: str, split: str) -> RowSource:
+    return open_source(
+        name, split=split, config_name=data.dataset_config, column_mapping=data.column_mapping
+    )
+
+
+def _test_split(data: DataOptions) -> RowSource | None:
+    name = str(data.dataset_name)
+    if Path(name).expanduser().is_file():
         return None
     try:
-        return open_source(
-            name, split=config.data.dataset_test_split, config_name=config.data.dataset_config
-        )
-    except DataError:
+        return _open(data, name, data.dataset_test_split)
+    except SplitMissing:
         # Not every folder or hub data set has the split; it was not asked for by name.
         return None
 
