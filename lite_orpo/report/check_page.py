@@ -43,6 +43,7 @@ def page_of(survey: Survey, model: str | None) -> str:
         # Called on every text that is put in, before it is escaped; charts pass as they are.
         finalize=lambda value: make_visible(value) if type(value) is str else value,
     )
+    environment.filters["with_code"] = _with_code
     source = files(__package__).joinpath("check_page.html.jinja").read_text(encoding="utf-8")
     return environment.from_string(source).render(
         s=survey,
@@ -50,6 +51,17 @@ def page_of(survey: Survey, model: str | None) -> str:
         lengths=_length_charts(survey),
         rules=_rules(survey),
         counts=_counts(survey),
+    )
+
+
+def _with_code(text: str) -> Any:
+    """Escape a text, and set what stands in `back quotes` as code."""
+    from markupsafe import Markup, escape
+
+    parts = make_visible(text).split("`")
+    return Markup("").join(
+        Markup("<code>{}</code>").format(part) if i % 2 else escape(part)
+        for i, part in enumerate(parts)
     )
 
 

@@ -55,16 +55,18 @@ class Lengths:
         """Of prompt, chosen, rejected, and of the sequence (prompt + longer completion)."""
         if not self._counts["prompt"]:
             return {}
-        width = {name: _bar_width(_quantile(c, 0.99)) for name, c in self._counts.items()}
-        # The two completions are there to be compared.
-        width["chosen"] = width["rejected"] = max(width["chosen"], width["rejected"])
+        # The two completions are there to be compared: one scale for both.
+        axes: dict[str, tuple[Counter[int], ...]] = {
+            name: (counts,) for name, counts in self._counts.items()
+        }
+        axes["chosen"] = axes["rejected"] = (self._counts["chosen"], self._counts["rejected"])
         return {
             name: LengthSummary(
                 self._totals[name] / counts.total(),
                 _quantile(counts, 0.5),
                 _quantile(counts, 0.95),
                 self._longest[name],
-                _histogram(counts, width[name]),
+                _histogram(counts, axes[name]),
             )
             for name, counts in self._counts.items()
         }
@@ -94,8 +96,10 @@ def _bar_width(most: int) -> int:
     return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= least)
 
 
-def _histogram(counts: Counter[int], width: int) -> Histogram:
-    bars = [0] * (min(max(counts) // width, _BARS) + 1)
+def _histogram(counts: Counter[int], axis: tuple[Counter[int], ...]) -> Histogram:
+    """Bars of `counts` on a scale that suits all of `axis`."""
+    width = _bar_width(max(_quantile(each, 0.99) for each in axis))
+    bars = [0] * (min(max(max(each) for each in axis) // width, _BARS) + 1)
     for length, rows in counts.items():
         bars[min(length // width, len(bars) - 1)] += rows
     return Histogram(width, tuple(bars))
