@@ -41,7 +41,7 @@ def run_check(target: CheckTarget, *, by: str | None, output: Path) -> bool:
     console = Console()
     _make_folder(output)
     source, held_out = target.open()
-    tokenizer, rule = load_check_tokenizer(target.model, target.rule)
+    tokenizer, rule = load_check_tokenizer(target.model, target.rule, console)
     with _progress([source, *([held_out] if held_out is not None else [])]) as progress:
         survey = survey_pairs(
             source,
@@ -59,12 +59,15 @@ def run_check(target: CheckTarget, *, by: str | None, output: Path) -> bool:
     return survey.is_serious
 
 
-def load_check_tokenizer(options: ModelOptions, rule: LengthRule) -> tuple[Any, LengthRule]:
+def load_check_tokenizer(
+    options: ModelOptions, rule: LengthRule, console: Console
+) -> tuple[Any, LengthRule]:
     """The model's tokenizer, and the rule for long rows bounded by the model's positions.
 
     Args:
         options: the model's; without a name, None and the rule as it is come back.
         rule: the configured rule.
+        console: is told where that changes the rule.
 
     Raises:
         ModelError: there is no such model.
@@ -85,6 +88,11 @@ def load_check_tokenizer(options: ModelOptions, rule: LengthRule) -> tuple[Any, 
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
     positions = getattr(text_config, "max_position_embeddings", None)
     if positions and (rule.max_length is None or rule.max_length > positions):
+        console.print(
+            f"  max_length {rule.max_length} is beyond the model's {positions} positions: "
+            f"{positions} is used",
+            style="dim",
+        )
         return tokenizer, rule._replace(max_length=int(positions))
     return tokenizer, rule
 

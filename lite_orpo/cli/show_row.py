@@ -43,14 +43,14 @@ def show_row(target: CheckTarget, number: int) -> None:
         raise ConfigError("--show needs --model: tokens are a tokenizer's")
     from .check import load_check_tokenizer
 
+    console = Console()
     source, _ = target.open()
     located = find_row(source, number)
-    tokenizer, rule = load_check_tokenizer(target.model, target.rule)
+    tokenizer, rule = load_check_tokenizer(target.model, target.rule, console)
     try:
         pair = tokenize_pair(parse_row(located.row), tokenizer)
     except RowProblem as problem:
         raise DataError(f"{source.name} {located.place}: {problem}") from None
-    console = Console()
     console.print(Text(f"{make_visible(source.name)}, {located.place}", style="bold"))
     _print_legend(console, target.nll_tokens)
     for part in TokenizedPair._fields:
