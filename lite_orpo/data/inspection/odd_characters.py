@@ -6,10 +6,8 @@ from .finding import Finding, Places, Severity
 from .seen_row import SeenRow
 
 # Control characters but tab and line breaks; marks that turn the direction of writing; a byte
-# order mark in mid-text; U+FFFD, which stands where bytes could not be read; halves of characters.
-_ODD = re.compile(
-    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u202a-\u202e\u2066-\u2069\ufeff\ufffd\ud800-\udfff]"
-)
+# order mark in mid-text; U+FFFD, which stands where bytes could not be read.
+_ODD = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u202a-\u202e\u2066-\u2069\ufeff\ufffd]")
 
 
 class OddCharacters:

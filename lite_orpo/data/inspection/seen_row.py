@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from ...errors import RowProblem
 from ..rows import PreferenceRow
 from ..tokenization import TokenizedPair, Tokenizer, tokenize_pair
 
@@ -61,10 +62,12 @@ class RowReader:
         """Measure a row and compare it with those before.
 
         Raises:
-            RowProblem: its tokens cannot be made (`tokenize_pair`).
+            RowProblem: its tokens cannot be made (`tokenize_pair`), or it is no text.
             DataError: the tokenizer cannot be used for these rows at all.
         """
         prompt, chosen, rejected = (text_of(value) for value in row)
+        for column, text in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected)):
+            _check_characters(column, text)
         first_chosen: str | int
         first_rejected: str | int
         if self._tokenizer is None:
@@ -125,8 +128,16 @@ def hash_of_prompt(prompt: str) -> int | None:
     return _hash(prompt) if prompt.strip() else None
 
 
+def _check_characters(column: str, text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        # JSON can hold them ("\\ud83d" without its partner), and no tokenizer takes them.
+        code = f"U+{ord(text[error.start]):04X}"
+        raise RowProblem(column, f"holds half of a character ({code}); write it whole") from None
+
+
 def _hash(text: str) -> int:
-    # surrogatepass: JSON can hold halves of characters, which no file should but some do.
     data = text.strip().encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
 
