@@ -14,7 +14,7 @@ from ..config.options import ModelOptions
 from ..data.inspection.survey import Survey, SurveyOptions, survey_pairs
 from ..data.preparation import LengthRule
 from ..data.sources import RowSource
-from ..errors import ConfigError, UserError
+from ..errors import ConfigError
 from ..report.check_json import write_json
 from ..report.check_page import write_page
 from .check_output import print_survey
@@ -81,10 +81,7 @@ def load_check_tokenizer(
 
     transformers.logging.set_verbosity_error()
     tokenizer = load_tokenizer(options)
-    try:
-        config = load_config(options)
-    except UserError:
-        return tokenizer, rule  # a folder with a tokenizer alone is enough for a check
+    config = load_config(options)
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
     positions = getattr(text_config, "max_position_embeddings", None)
     if positions and (rule.max_length is None or rule.max_length > positions):

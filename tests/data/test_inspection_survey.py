@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from pairs_with_findings import WORDS, clean_rows, source_of, swapped
 from tiny_tokenizer import CHATML, char_tokenizer
 
+from lite_orpo.data.inspection.fast_ids import FastIds
 from lite_orpo.data.inspection.overlong import fate
 from lite_orpo.data.inspection.seen_row import RowReader
 from lite_orpo.data.inspection.shortcuts import wilson_interval
@@ -209,6 +210,26 @@ def test_nothing_depends_on_the_hash_seed():
         assert done.returncode == 0, done.stderr
         texts.add(done.stdout)
     assert len(texts) == 1
+
+
+@pytest.mark.parametrize("text", ["", "a b", "x</s>y <|im_end|>\n", "日本 é\x00", "word " * 3000])
+def test_fast_ids_are_the_tokenizers(tokenizer, text):
+    from transformers import AutoTokenizer
+
+    demo = AutoTokenizer.from_pretrained(ROOT / "examples/demo_model")
+    for slow in (tokenizer, demo):
+        slow(text, truncation=True, max_length=3)  # leaves a limit in the backend
+        fast = FastIds(slow)
+        expected = slow(text, add_special_tokens=False, verbose=False)["input_ids"]
+        assert fast(text, add_special_tokens=False, verbose=False)["input_ids"] == expected
+        assert fast([text], add_special_tokens=False)["input_ids"] == [expected]
+        special = fast(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        wanted = slow(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        assert special == wanted
+        # A call in between must not change what a plain one gives.
+        fast(text, truncation=True, max_length=3)
+        assert fast(text, add_special_tokens=False, verbose=False)["input_ids"] == expected
+        assert fast.decode(expected) == slow.decode(expected)
 
 
 TOKENIZER = char_tokenizer(template=CHATML)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from ...errors import RowProblem
 from ..rows import PreferenceRow
 from ..tokenization import TokenizedPair, Tokenizer, tokenize_pair
+from .fast_ids import FastIds
 
 
 class Sizes(NamedTuple):
@@ -54,7 +55,7 @@ class RowReader:
     """
 
     def __init__(self, tokenizer: Tokenizer | None) -> None:
-        self._tokenizer = tokenizer
+        self._tokenizer = None if tokenizer is None else FastIds(tokenizer)
         self._pairs: dict[int, str] = {}
         self.prompts: set[int] = set()
 
