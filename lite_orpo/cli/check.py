@@ -89,6 +89,7 @@ def load_check_tokenizer(
             f"  max_length {rule.max_length} is beyond the model's {positions} positions: "
             f"{positions} is used",
             style="dim",
+            highlight=False,
         )
         return tokenizer, rule._replace(max_length=int(positions))
     return tokenizer, rule

@@ -30,9 +30,8 @@ def print_survey(console: Console, survey: Survey, model: str | None) -> None:
         ("Shortcuts", shortcuts_in_words(survey)),
     ]
     for label, text in rows:
-        console.print(
-            Text(f"{label:>10} ", style="bold cyan") + Text(make_visible(text)), soft_wrap=True
-        )
+        line = Text.assemble((f"{label:>10} ", "bold cyan"), make_visible(text))
+        console.print(line, soft_wrap=True)
     console.print(_lengths(survey, model))
     if survey.categories:
         console.print(_balance(survey))
@@ -48,7 +47,8 @@ def pairs_in_words(survey: Survey) -> str:
     if survey.is_part:
         text = f"the first {text}"
     if survey.unreadable:
-        text += f", {survey.unreadable:,} rows cannot be trained on"
+        rows = "row" if survey.unreadable == 1 else "rows"
+        text += f", {survey.unreadable:,} {rows} cannot be trained on"
     if survey.stopped is not None:
         text += ", and the file cannot be read to its end"
     return text

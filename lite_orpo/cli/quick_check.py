@@ -42,7 +42,7 @@ def print_quick_check(console: Console, pairs: RowSource, held_out: RowSource | 
         logger.warning("the data was not checked: %s: %s", type(error).__name__, error)
         return
     for line in lines:
-        text = Text(f"{'Check':>10} ", style="bold cyan") + Text(make_visible(line))
+        text = Text.assemble((f"{'Check':>10} ", "bold cyan"), make_visible(line))
         console.print(text, soft_wrap=True)
 
 

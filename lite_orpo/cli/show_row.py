@@ -15,7 +15,8 @@ from ..report.visible_text import make_visible
 from .check_target import CheckTarget
 
 _STYLES = {"prompt": "cyan", "chosen": "green", "rejected": "red"}
-_BORDER = "│"
+_BORDER, _PART = "│", "‥"
+_MOST_PARTS = 8  # a token of what is no character at all must not hide the rest
 
 
 class ShownToken(NamedTuple):
@@ -90,7 +91,7 @@ def shown_tokens(
         nll_tokens: "completion" leaves the prompt unscored.
     """
     ids: list[int] = getattr(pair, part)
-    texts = [_text_of(token_id, tokenizer) for token_id in ids]
+    texts = _texts_of(ids, tokenizer)
     is_prompt = part == "prompt"
     shown = []
     for i, (token_id, text) in enumerate(zip(ids, texts, strict=True)):
@@ -101,14 +102,23 @@ def shown_tokens(
     return shown
 
 
-def _text_of(token_id: int, tokenizer: Any) -> str:
-    text = str(tokenizer.decode([token_id]))
-    raw = str(tokenizer.convert_ids_to_tokens(token_id))
-    if not text or "\ufffd" in text:
-        return make_visible(raw)  # a part of a character, which has no text of its own
-    if raw.startswith("\u2581") and not text.startswith(" "):
-        text = f" {text}"  # SentencePiece's decoder takes a leading space away
-    return make_visible(text).replace(" ", "·")
+def _texts_of(ids: list[int], tokenizer: Any) -> list[str]:
+    """A text for each token; one for all tokens that make up a character, behind the last."""
+    texts: list[str] = []
+    parts: list[int] = []
+    for token_id in ids:
+        parts.append(token_id)
+        text = str(tokenizer.decode(parts))
+        is_part = (not text or "\ufffd" in text) and len(parts) < _MOST_PARTS
+        if is_part and token_id not in tokenizer.all_special_ids:
+            texts.append(_PART)
+            continue
+        raw = str(tokenizer.convert_ids_to_tokens(parts[0]))
+        if raw.startswith("\u2581") and not text.startswith(" "):
+            text = f" {text}"  # SentencePiece's decoder takes a leading space away
+        texts.append(make_visible(text or raw).replace(" ", "·"))
+        parts = []
+    return texts
 
 
 def _as_text(tokens: list[ShownToken]) -> Text:
@@ -136,7 +146,8 @@ def _print_legend(console: Console, nll_tokens: str) -> None:
     legend.append("EOS", style="bold reverse yellow")
     legend.append("  ")
     legend.append("scored (a label)", style="underline")
-    legend.append(f"   {_BORDER} ends a token, · is a space, ⏎ a line break, ⇥ a tab")
+    legend.append(f"   {_BORDER} ends a token, · is a space, ⏎ a line break, ⇥ a tab, ")
+    legend.append(f"{_PART} a part of the next character")
     console.print(legend, soft_wrap=True)
     in_prompt = (
         "the prompt is not scored"
@@ -147,6 +158,7 @@ def _print_legend(console: Console, nll_tokens: str) -> None:
         "  Chosen is scored by the NLL term and the odds ratio, rejected by the odds ratio; "
         f"{in_prompt}.",
         style="dim",
+        highlight=False,
     )
 
 

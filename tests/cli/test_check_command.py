@@ -200,6 +200,12 @@ def test_show_prints_each_token_and_what_is_scored(check, tmp_path):
     assert not (tmp_path / "check").exists()
 
 
+def test_show_puts_a_character_of_several_tokens_behind_the_last(check, tmp_path):
+    row = {"prompt": "How?", "chosen": "a 日 b", "rejected": "No."}
+    _, out, _ = check(write(tmp_path / "pairs.jsonl", [row]), "--model", MODEL, "--show", 1)
+    assert "‥│" in out and "日│" in out and "\ufffd" not in out
+
+
 def test_help_and_a_check_without_a_model_load_no_torch():
     code = (
         "import sys, tempfile\n"
@@ -241,7 +247,7 @@ def test_train_begins_with_three_lines_about_its_data(tmp_path):
     print_quick_check(console, pairs, pairs)
     assert len(console.lines) == 3
     first, second, third = console.lines
-    assert "32 pairs, 1 rows cannot be trained on: plain text" in first
+    assert "32 pairs, 1 row cannot be trained on: plain text" in first
     assert "serious: prompts in both" in first
     assert "2 duplicate pairs" in second and "held-out prompts also trained on" in second
     assert "chosen is longer in 100%" in third
