@@ -148,7 +148,7 @@ def _print_legend(console: Console, nll_tokens: str) -> None:
     legend.append("scored (a label)", style="underline")
     legend.append(f"   {_BORDER} ends a token, · is a space, ⏎ a line break, ⇥ a tab, ")
     legend.append(f"{_PART} a part of the next character")
-    console.print(legend, soft_wrap=True)
+    console.print(legend)
     in_prompt = (
         "the prompt is not scored"
         if nll_tokens == "completion"
