@@ -1,6 +1,6 @@
 """A readable row as the collectors see it: texts, sizes, first words, and rows like it before.
 
-Only hashes and places of earlier rows are kept, about 300 bytes a row, never their texts. The
+Only hashes and places of earlier rows are kept, about 500 bytes a row, never their texts. The
 hash is blake2b: Python's own changes from one run to the next.
 """
 

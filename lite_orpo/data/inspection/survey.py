@@ -1,6 +1,6 @@
 """One pass over the pairs (and one over the held-out ones) through all collectors.
 
-Memory is counters and hashes, about 300 bytes a row. A new kind of finding is a new collector
+Memory is counters and hashes, about 500 bytes a row. A new kind of finding is a new collector
 in `_Collectors`.
 """
 
