@@ -36,6 +36,7 @@ from .output_folder import (
     check_output_dir,
     remove_earlier_run,
 )
+from .quick_check import print_quick_check
 from .train_output import print_outcome, print_samples, print_start, print_usage
 
 
@@ -62,6 +63,7 @@ def run_training(path: Path, overrides: dict[str, Setting]) -> None:
     config = load_run_config(path, overrides)
     sources = open_sources(config)
     check_output_dir(config)
+    print_quick_check(console, sources.train, sources.held_out)
     with library_refusals(path, (ImportError, ValueError, RuntimeError, OSError)):
         trainer = _build_trainer(config, sources, console)
     output_dir = Path(config.training.output_dir)
