@@ -13,8 +13,8 @@ from ..config.coercion import coerce
 from ..config.options import DataOptions, ModelOptions
 from ..config.yaml_file import Setting, read_settings
 from ..data.preparation import LengthRule
-from ..data.sources import RowSource, open_source
-from ..errors import ConfigError, DataError
+from ..data.run_sources import Sources, open_run_sources
+from ..errors import ConfigError
 
 DEFAULT_MAX_LENGTH = 1024  # ORPOConfig's, which takes seconds to import; a test compares them
 _RULES = ("drop", "cut_prompt")
@@ -28,24 +28,13 @@ class CheckTarget(NamedTuple):
     rule: LengthRule
     nll_tokens: str
 
-    def open(self) -> tuple[RowSource, RowSource | None]:
-        """The pairs, and the held-out pairs where there are some, as `train` would open them.
+    def open(self) -> Sources:
+        """The pairs, and the held-out pairs where there are some, as `train` opens them.
 
         Raises:
             DataError: a file or data set cannot be opened.
         """
-        data = self.data
-        name, config = str(data.dataset_name), data.dataset_config
-        pairs = open_source(name, split=data.dataset_train_split, config_name=config)
-        split = data.dataset_test_split
-        if data.eval_dataset_name is not None:
-            return pairs, open_source(data.eval_dataset_name, split=split, config_name=config)
-        if Path(name).is_file():
-            return pairs, None
-        try:
-            return pairs, open_source(name, split=split, config_name=config)
-        except DataError:
-            return pairs, None  # not every folder or hub data set has the split
+        return open_run_sources(self.data)
 
 
 def resolve_target(

@@ -9,14 +9,13 @@ import os
 import time
 import warnings
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from rich.console import Console
 
-from ..config.options import DataOptions
 from ..config.run_config import RunConfig, load_run_config
 from ..config.yaml_file import Setting, write_settings
-from ..data.sources import RowSource, SplitMissing, open_source
+from ..data.run_sources import Sources, open_run_sources
 from ..device_memory import PeakMemory
 from ..errors import ConfigError
 from ..model.adapter import adapter_switched_off, lora_config, trainable_parameters
@@ -38,13 +37,6 @@ from .output_folder import (
 )
 from .quick_check import print_quick_check
 from .train_output import print_outcome, print_samples, print_start, print_usage
-
-
-class Sources(NamedTuple):
-    """Where a run's pairs come from."""
-
-    train: RowSource
-    held_out: RowSource | None
 
 
 def run_training(path: Path, overrides: dict[str, Setting]) -> None:
@@ -120,34 +112,13 @@ def open_sources(config: RunConfig) -> Sources:
     data = config.data
     if data.dataset_name is None:
         raise ConfigError("dataset_name is not set; give a preference file or a hub name")
-    train = _open(data, data.dataset_name, data.dataset_train_split)
-    if data.eval_dataset_name is not None:
-        held_out: RowSource | None = _open(data, data.eval_dataset_name, data.dataset_test_split)
-    else:
-        held_out = _test_split(data)
-    if held_out is None and config.training.eval_strategy != "no":
+    sources = open_run_sources(data)
+    if sources.held_out is None and config.training.eval_strategy != "no":
         raise ConfigError(
             f"eval_strategy is {config.training.eval_strategy.value}, but there are no held-out "
             "pairs; set eval_dataset_name, or eval_strategy: no"
         )
-    return Sources(train, held_out)
-
-
-def _open(data: DataOptions, name: str, split: str) -> RowSource:
-    return open_source(
-        name, split=split, config_name=data.dataset_config, column_mapping=data.column_mapping
-    )
-
-
-def _test_split(data: DataOptions) -> RowSource | None:
-    name = str(data.dataset_name)
-    if Path(name).expanduser().is_file():
-        return None
-    try:
-        return _open(data, name, data.dataset_test_split)
-    except SplitMissing:
-        # Not every folder or hub data set has the split; it was not asked for by name.
-        return None
+    return sources
 
 
 def _build_trainer(config: RunConfig, sources: Sources, console: Console) -> ORPOTrainer:

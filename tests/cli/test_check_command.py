@@ -247,7 +247,7 @@ def test_train_begins_with_three_lines_about_its_data(tmp_path):
     print_quick_check(console, pairs, pairs)
     assert len(console.lines) == 3
     first, second, third = console.lines
-    assert "32 pairs, 1 row cannot be trained on: plain text" in first
+    assert "32 pairs, 1 row cannot be trained on: text" in first
     assert "serious: prompts in both" in first
     assert "2 duplicate pairs" in second and "held-out prompts also trained on" in second
     assert "chosen is longer in 100%" in third

@@ -1,29 +1,13 @@
-"""Which formats the rows are in, and which columns they have.
-
-`describe_format` is the only place that names a format.
-"""
+"""Which formats the rows are in, and which columns they have."""
 
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any
 
+from ..rows import describe_format
 from .finding import Finding, Places, Severity
 from .seen_row import SeenRow
 
 _COLUMNS_KEPT = 50
-
-
-def describe_format(raw: Any) -> str:
-    """Name a readable raw row's format in a few words.
-
-    Args:
-        raw: the row as the source gave it.
-    """
-    if not isinstance(raw, Mapping):
-        return "unknown"
-    is_plain = isinstance(raw.get("chosen"), str)
-    where = "its own prompt column" if raw.get("prompt") is not None else "the prompt inside"
-    return f"{'plain text' if is_plain else 'conversations'} with {where}"
 
 
 class RowFormats:

@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 
 from ...errors import RowProblem
 from ..rows import PreferenceRow
-from ..tokenization import TokenizedPair, Tokenizer, tokenize_pair
-from .fast_ids import FastIds
+from ..tokenization import TokenizedPair
 
 
 class Sizes(NamedTuple):
@@ -48,36 +47,39 @@ class SeenRow(NamedTuple):
 
 
 class RowReader:
-    """Turns parsed rows into seen ones, and remembers which there were.
+    """Turns parsed rows into seen ones, and remembers which there were."""
 
-    Args:
-        tokenizer: a transformers tokenizer, or None: sizes are in characters then.
-    """
-
-    def __init__(self, tokenizer: Tokenizer | None) -> None:
-        self._tokenizer = None if tokenizer is None else FastIds(tokenizer)
+    def __init__(self) -> None:
         self._pairs: dict[int, str] = {}
         self.prompts: set[int] = set()
 
-    def see(self, place: str, raw: Any, row: PreferenceRow) -> SeenRow:
+    def see(
+        self, place: str, raw: Any, row: PreferenceRow, tokens: TokenizedPair | None
+    ) -> SeenRow:
         """Measure a row and compare it with those before.
 
+        Args:
+            place: where it stands in the source.
+            raw: as the source gave it.
+            row: parsed.
+            tokens: its token ids; None: sizes are in characters.
+
         Raises:
-            RowProblem: its tokens cannot be made (`tokenize_pair`), or it is no text.
-            DataError: the tokenizer cannot be used for these rows at all.
+            RowProblem: it is no text.
         """
-        prompt, chosen, rejected = (text_of(value) for value in row)
+        prompt, chosen, rejected = (
+            text_of(part) for part in (row.prompt, row.chosen, row.rejected)
+        )
         for column, text in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected)):
             _check_characters(column, text)
         first_chosen: str | int
         first_rejected: str | int
-        if self._tokenizer is None:
+        if tokens is None:
             sizes = Sizes(len(prompt), len(chosen), len(rejected))
             first_chosen, first_rejected = _first_word(chosen), _first_word(rejected)
         else:
-            pair: TokenizedPair = tokenize_pair(row, self._tokenizer)
-            sizes = Sizes(len(pair.prompt), len(pair.chosen), len(pair.rejected))
-            first_chosen, first_rejected = pair.chosen[0], pair.rejected[0]
+            sizes = Sizes(len(tokens.prompt), len(tokens.chosen), len(tokens.rejected))
+            first_chosen, first_rejected = tokens.chosen[0], tokens.rejected[0]
         prompt_hash = hash_of_prompt(prompt)
         hashes = _hash(chosen), _hash(rejected)
         pair_hash = _hash_numbers(prompt_hash or 0, *hashes)

@@ -55,8 +55,9 @@ class SpecialTokensInText:
                 f"Special tokens {whose} stand as text in the rows ({tokens})",
                 self._rows.count,
                 self._rows.examples,
-                "Read as control tokens they end an answer in its middle or open a turn that is "
-                "not there; often they are left over from another model's template.",
+                "In messages and answers they are spelled out as text, so a template left over "
+                "from another model teaches the model to write its marks; plain text that begins "
+                "with one is taken as written by a template, marks and all.",
                 "Take them out of the texts, unless they are what the text is about. "
                 "`lite-orpo check DATA --model MODEL --show N` shows what they become.",
             )

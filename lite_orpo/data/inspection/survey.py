@@ -10,10 +10,13 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ...errors import DataError, RowProblem
+from ..chat_template import TemplateRunaway
+from ..parsed_rows import ParsedRow, parsed_chunks, tokenized
 from ..preparation import MAX_DROPPED_SHARE, LengthRule
 from ..rows import parse_row
 from ..sources import LocatedRow, RowSource
-from ..tokenization import Tokenizer
+from ..special_text import SpecialTokens, Tokenizer
+from ..tokenization import RowTokenizer, TokenizedPair
 from .balance import Balance, Category
 from .duplicates import Duplicates
 from .finding import Collector, Finding, Severity
@@ -140,7 +143,7 @@ class _Collectors:
             self.longer,
             self.first,
             self.balance,
-            SpecialTokensInText(None if tokenizer is None else tokenizer.all_special_tokens),
+            SpecialTokensInText(None if tokenizer is None else SpecialTokens(tokenizer).texts),
             OddCharacters(),
         )
 
@@ -158,19 +161,21 @@ class _Pass:
         self._options = options
         self._progress = progress
         self._started = time.perf_counter()
-        self._reader = RowReader(tokenizer)
+        self._reader = RowReader()
+        self._row_tokenizer = None if tokenizer is None else RowTokenizer(tokenizer)
         self._collectors = _Collectors(tokenizer, options)
         self._unreadable = UnreadableRows(source.name)
         self._readable = 0
         self._is_part = False
 
     def run(self, held_out: RowSource | None) -> Survey:
-        for located in self._rows_of(self._source, self._unreadable):
+        for parsed, tokens in self._parsed():
             try:
-                row = parse_row(located.row)
-                seen = self._reader.see(located.place, located.row, row)
+                if isinstance(parsed.row, RowProblem):
+                    raise parsed.row
+                seen = self._reader.see(parsed.place, parsed.raw, parsed.row, tokens)
             except RowProblem as problem:
-                self._unreadable.add(located.place, problem)
+                self._unreadable.add(parsed.place, problem)
                 continue
             self._readable += 1
             for collector in self._collectors.all:
@@ -178,6 +183,22 @@ class _Pass:
         self._refuse_if_nothing_was_read()
         other, shared = self._compare(held_out)
         return self._survey(other, shared)
+
+    def _parsed(self) -> Iterator[tuple[ParsedRow, TokenizedPair | None]]:
+        """The rows, each with its tokens where there is a tokenizer."""
+        for chunk in parsed_chunks(self._rows_of(self._source, self._unreadable)):
+            if self._row_tokenizer is None:
+                yield from ((parsed, None) for parsed in chunk)
+                continue
+            for parsed, outcome in zip(chunk, tokenized(chunk, self._row_tokenizer), strict=False):
+                if isinstance(outcome, TemplateRunaway):
+                    raise DataError(f"{self._source.name} {parsed.place}: {outcome}")
+                if isinstance(outcome, DataError):
+                    raise outcome
+                if isinstance(outcome, RowProblem):
+                    yield parsed._replace(row=outcome), None
+                else:
+                    yield parsed, outcome.pair
 
     def _rows_of(self, source: RowSource, unreadable: UnreadableRows) -> Iterator[LocatedRow]:
         """The rows, until they end, cannot be read on, or a limit is met."""
