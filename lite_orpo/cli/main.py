@@ -86,6 +86,61 @@ def plan(
 
 
 @app.command()
+def check(
+    data: str = typer.Argument(
+        ...,
+        metavar="DATA|CONFIG.yaml",
+        help="preference pairs (a file, a folder, a hub name), or a configuration that names them",
+    ),
+    held_out: str | None = typer.Option(None, "--eval", help="held-out pairs to compare with"),
+    model: str | None = typer.Option(
+        None, "--model", help="count in this model's tokens; without it, in characters"
+    ),
+    max_length: int | None = typer.Option(
+        None, "--max-length", "--max_length", help="as in the configuration; default 1024"
+    ),
+    overlong_rows: str | None = typer.Option(
+        None, "--overlong-rows", "--overlong_rows", help="drop or cut_prompt; default drop"
+    ),
+    by: str | None = typer.Option(
+        None, "--by", help="column to count rows by; default: source or category, if there is one"
+    ),
+    show: int | None = typer.Option(
+        None, "--show", metavar="N", help="show the tokens of line (or row) N, and nothing else"
+    ),
+    output: Path = typer.Option(
+        Path("check"), "--output", "-o", help="folder for check.html and check.json"
+    ),
+    split: str | None = typer.Option(None, "--split", help="split of a folder or hub data set"),
+    eval_split: str | None = typer.Option(
+        None, "--eval-split", "--eval_split", help="the same of the held-out pairs"
+    ),
+    strict: bool = typer.Option(False, "--strict", help="exit 1 if a finding is serious"),
+) -> None:
+    """Look at preference pairs before training: what the model will see, and what is wrong."""
+    from .check_target import resolve_target
+
+    target = resolve_target(
+        data,
+        held_out=held_out,
+        model=model,
+        max_length=max_length,
+        overlong_rows=overlong_rows,
+        split=split,
+        eval_split=eval_split,
+    )
+    if show is not None:
+        from .show_row import show_row
+
+        show_row(target, show)
+        return
+    from .check import run_check
+
+    if run_check(target, by=by, output=output) and strict:
+        raise typer.Exit(1)
+
+
+@app.command()
 def init(
     path: Path = typer.Argument(Path("config.yaml"), help="the file to write"),
     force: bool = typer.Option(False, "--force", help="replace an existing file"),

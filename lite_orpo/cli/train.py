@@ -9,15 +9,15 @@ import os
 import time
 import warnings
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from rich.console import Console
 
 from ..config.run_config import RunConfig, load_run_config
 from ..config.yaml_file import Setting, write_settings
-from ..data.sources import RowSource, open_source
+from ..data.run_sources import Sources, open_run_sources
 from ..device_memory import PeakMemory
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError
 from ..interruption import StopWithCheckpoint
 from ..model.adapter import adapter_switched_off, lora_config, trainable_parameters
 from ..model.load import load_model, load_tokenizer
@@ -36,15 +36,9 @@ from .output_folder import (
     check_output_dir,
     remove_earlier_run,
 )
+from .quick_check import print_quick_check
 from .stopped import command_to_go_on, print_stopped
 from .train_output import print_outcome, print_samples, print_start, print_usage
-
-
-class Sources(NamedTuple):
-    """Where a run's pairs come from."""
-
-    train: RowSource
-    held_out: RowSource | None
 
 
 def run_training(
@@ -69,6 +63,7 @@ def run_training(
     config = load_run_config(path, overrides)
     sources = open_sources(config)
     check_output_dir(config)
+    print_quick_check(console, sources.train, sources.held_out)
     with library_refusals(path, (ImportError, ValueError, RuntimeError, OSError)):
         trainer = _build_trainer(config, sources, console)
     output_dir = Path(config.training.output_dir)
@@ -134,34 +129,13 @@ def open_sources(config: RunConfig) -> Sources:
     data = config.data
     if data.dataset_name is None:
         raise ConfigError("dataset_name is not set; give a preference file or a hub name")
-    train = open_source(
-        data.dataset_name, split=data.dataset_train_split, config_name=data.dataset_config
-    )
-    if data.eval_dataset_name is not None:
-        held_out: RowSource | None = open_source(
-            data.eval_dataset_name, split=data.dataset_test_split, config_name=data.dataset_config
-        )
-    else:
-        held_out = _test_split(config)
-    if held_out is None and config.training.eval_strategy != "no":
+    sources = open_run_sources(data)
+    if sources.held_out is None and config.training.eval_strategy != "no":
         raise ConfigError(
             f"eval_strategy is {config.training.eval_strategy.value}, but there are no held-out "
             "pairs; set eval_dataset_name, or eval_strategy: no"
         )
-    return Sources(train, held_out)
-
-
-def _test_split(config: RunConfig) -> RowSource | None:
-    name = str(config.data.dataset_name)
-    if Path(name).is_file():
-        return None
-    try:
-        return open_source(
-            name, split=config.data.dataset_test_split, config_name=config.data.dataset_config
-        )
-    except DataError:
-        # Not every folder or hub data set has the split; it was not asked for by name.
-        return None
+    return sources
 
 
 def _build_trainer(config: RunConfig, sources: Sources, console: Console) -> ORPOTrainer:

@@ -55,7 +55,7 @@ class DataOptions:
     """Which preference pairs."""
 
     dataset_name: str | None = _option(
-        None, "training pairs: .jsonl[.gz], .json, .csv, .parquet, a folder, or a hub name"
+        None, "training pairs: .jsonl, .json, .csv (or .gz), .parquet, a folder, or a hub name"
     )
     dataset_config: str | None = _option(None, "configuration name of a hub data set")
     dataset_train_split: str = _option("train", "split to train on")
@@ -63,6 +63,9 @@ class DataOptions:
         None, "held-out pairs; default: the test split of dataset_name, where it has one"
     )
     dataset_test_split: str = _option("test", "split to evaluate on")
+    column_mapping: dict[str, str | None] | None = _option(
+        None, "columns that have other names: {prompt: question, chosen: good, rejected: bad}"
+    )
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ dtype: auto                   # what the device truly has; or float32, bfloat16,
 # --- data ------------------------------------------------------------------------------------
 # One JSON object a line with "prompt", "chosen" and "rejected": strings, or lists of
 # {{"role": ..., "content": ...}} messages.
-dataset_name: train.jsonl     # .jsonl[.gz], .json, .csv, .parquet, a folder, or a hub name
+dataset_name: train.jsonl     # .jsonl, .json, .csv (or .gz), .parquet, a folder, or a hub name
+# column_mapping: {{prompt: question, chosen: good, rejected: bad}}   # where names differ
 # eval_dataset_name: heldout.jsonl
 max_length: 1024              # tokens of prompt + completion
 overlong_rows: drop           # or cut_prompt: drop the prompt's oldest tokens

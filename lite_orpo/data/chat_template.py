@@ -73,7 +73,7 @@ def chat_passages(
 
 def row_texts(row: PreferenceRow) -> Iterator[str]:
     """Every text that a row brings: its strings, or those of its messages and tools."""
-    for value in (row.prompt, row.chosen, row.rejected, getattr(row, "tools", None)):
+    for value in (row.prompt, row.chosen, row.rejected, row.tools):
         yield from _texts(value)
 
 
@@ -91,7 +91,7 @@ def _texts(value: Any) -> Iterator[str]:
 def _render_row(row: PreferenceRow, tokenizer: Tokenizer) -> _Rendered:
     prompt: Any = row.prompt
     ends_in_assistant = prompt[-1]["role"] == "assistant"
-    tools = getattr(row, "tools", None)
+    tools = row.tools
     return _Rendered(
         _render(
             tokenizer,

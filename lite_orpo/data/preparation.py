@@ -9,24 +9,22 @@ import logging
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 from ..errors import DataError, RowProblem
-from .chat_template import TemplateRunaway, row_texts
+from .chat_template import TemplateRunaway
+from .parsed_rows import parsed_chunks, tokenized
 from .preparation_report import PreparationReport as PreparationReport
-from .rows import PreferenceRow, parse_row
+from .rows import PreferenceRow
 from .sources import RowSource
 from .special_text import Tokenizer
-from .tokenization import Outcome, RowTokenizer, TokenizedPair
+from .tokenization import RowTokenizer, TokenizedPair
 
 logger = logging.getLogger(__name__)
 
 MAX_DROPPED_SHARE = 0.1
-# Rows that go to the tokenizer in one call; fewer where they are long, as all of them are held.
-CHUNK_ROWS = 256
-CHUNK_CHARACTERS = 4_000_000
 
 
 class LengthRule(NamedTuple):
@@ -95,8 +93,8 @@ def _records(
     )
     row_tokenizer = RowTokenizer(tokenizer)
     shows_tools = "tools" in str(tokenizer.chat_template)
-    for chunk in _chunks(located):
-        for item, outcome in zip(chunk, _outcomes(chunk, row_tokenizer), strict=False):
+    for chunk in parsed_chunks(located):
+        for item, outcome in zip(chunk, tokenized(chunk, row_tokenizer), strict=False):
             if isinstance(outcome, TemplateRunaway):
                 raise DataError(f"{source.name} {item.place}: {outcome}")
             if isinstance(outcome, DataError):
@@ -114,7 +112,7 @@ def _records(
             report.kept += 1
             report.cut += len(fitted.prompt) < len(outcome.pair.prompt)
             report.repeated_prompt_rows += _repeats_prompt(item.row)
-            report.unseen_tools_rows += bool(getattr(item.row, "tools", None)) and not shows_tools
+            report.unseen_tools_rows += bool(item.row.tools) and not shows_tools
             if outcome.special_text is not None:
                 report.add_special_text(item.place, outcome.special_text)
             yield {
@@ -124,46 +122,6 @@ def _records(
                 "length": len(fitted.prompt) + max(len(fitted.chosen), len(fitted.rejected)),
                 "row": item.number,
             }
-
-
-class _Item(NamedTuple):
-    number: int
-    place: str
-    row: PreferenceRow | RowProblem
-
-
-def _chunks(located: Iterable[tuple[str, Any]]) -> Iterator[list[_Item]]:
-    """Parsed rows, some hundred at a time. What came before an unreadable row comes before it."""
-    chunk: list[_Item] = []
-    characters = 0
-    try:
-        for number, (place, raw) in enumerate(located):
-            try:
-                row = parse_row(raw)
-                characters += sum(map(len, row_texts(row)))
-                chunk.append(_Item(number, place, row))
-            except RowProblem as problem:
-                chunk.append(_Item(number, place, problem))
-            if len(chunk) == CHUNK_ROWS or characters > CHUNK_CHARACTERS:
-                yield chunk
-                chunk, characters = [], 0
-    except DataError:
-        yield chunk
-        raise
-    yield chunk
-
-
-def _outcomes(chunk: list[_Item], row_tokenizer: RowTokenizer) -> Iterator[Outcome]:
-    """What became of each row of a chunk; a DataError is the last."""
-    parsed = [item.row for item in chunk if not isinstance(item.row, RowProblem)]
-    tokenized = iter(row_tokenizer.rows(parsed))
-    for item in chunk:
-        if isinstance(item.row, RowProblem):
-            yield item.row
-        elif (outcome := next(tokenized, None)) is not None:
-            yield outcome
-        else:
-            return
 
 
 def _fit(pair: TokenizedPair, rule: LengthRule) -> TokenizedPair:

@@ -27,7 +27,8 @@ class PreparedSets:
 
         Args:
             name: the argument it was given as, for messages.
-            dataset: raw rows, a `RowSource`, None, or what this method has returned before.
+            dataset: raw rows (also without a length: they are read once, into a file), a
+                `RowSource`, None, or what this method has returned before.
 
         Raises:
             DataError: the rows cannot be used.

@@ -1,215 +1,222 @@
 """Where raw rows come from: local files, folders, the hub, or objects in memory.
 
-A source only reads; every row carries the place it came from. JSON lines are read by the
-standard library, since a user needs the number of the line that is wrong; other formats and
-hub names go through `datasets`, which is imported when it is first needed.
+A source only reads; every row carries the place it came from. Files are read by `json_rows.py`,
+`csv_rows.py` and `parquet_rows.py`; what a row means is decided in `rows.py`. Hub names go through
+`datasets`, which is imported when it is first needed.
 """
 
-import gzip
-import json
-import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..errors import DataError, HubError
+from .column_mapping import check_column_mapping, with_mapped_columns
+from .csv_rows import read_csv
+from .folders import SplitMissing, files_of_split
+from .json_rows import read_json, read_json_lines
+from .parquet_rows import count_parquet_rows, read_parquet
+from .row_source import LocatedRow, RowSource, UnreadRow
 
-JSON_LINES_SUFFIXES = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz")
-TABLE_SUFFIXES = {".csv": "csv", ".parquet": "parquet"}
+__all__ = [
+    "READERS",
+    "LocatedRow",
+    "RowSource",
+    "SplitMissing",
+    "UnreadRow",
+    "dataset_source",
+    "open_source",
+]
+
+READERS: dict[str, Callable[[Path], Iterator[LocatedRow]]] = {
+    ".jsonl": read_json_lines,
+    ".jsonl.gz": read_json_lines,
+    ".ndjson": read_json_lines,
+    ".ndjson.gz": read_json_lines,
+    ".json": read_json,
+    ".json.gz": read_json,
+    ".csv": read_csv,
+    ".csv.gz": read_csv,
+    ".tsv": read_csv,
+    ".tsv.gz": read_csv,
+    ".parquet": read_parquet,
+}
+"""How a file is read, by the end of its name."""
 
 
-class LocatedRow(NamedTuple):
-    """A raw row and its place in the source, such as "line 3"."""
-
-    place: str
-    row: Any
-
-
-class RowSource(NamedTuple):
-    """A named source of rows that can be read any number of times."""
-
-    name: str
-    read: Callable[[], Iterable[LocatedRow]]
-    size: int | None
-    """Number of rows, where it is known without reading."""
-
-
-def open_source(name: str, *, split: str, config_name: str | None = None) -> RowSource:
+def open_source(
+    name: str,
+    *,
+    split: str,
+    config_name: str | None = None,
+    column_mapping: Mapping[str, str | None] | None = None,
+) -> RowSource:
     """Find a data set by the name a user gives.
 
     Args:
-        name: a path (.jsonl[.gz], .json, .csv, .parquet, a folder with `<split>.jsonl`), or a
-            name on the hub.
+        name: a file (.jsonl, .ndjson, .json, .csv, .tsv, each also .gz, or .parquet), a folder
+            (`<split>.jsonl`, `data/<split>-00000-of-00002.parquet`, what `save_to_disk` wrote), or
+            a name on the hub.
         split: the split of a folder or hub data set.
-        config_name: the configuration of a hub data set.
+        config_name: the configuration of a hub data set; of a folder, a sub-folder.
+        column_mapping: which column is what, see `column_mapping.py`; by default by their names.
 
     Returns:
         The source; a local file is not read yet.
 
     Raises:
-        DataError: a local file does not exist or has an unknown ending.
+        DataError: a local file does not exist or has an unknown ending, or the mapping is none.
+        SplitMissing: a folder or hub data set without the split (a DataError).
         HubError: the name is no local path and the hub does not have it or cannot be reached.
     """
-    path = Path(name).expanduser()
-    if path.is_file():
+    mapping = check_column_mapping(column_mapping)
+    return with_mapped_columns(_open(name, split, config_name), mapping)
+
+
+def dataset_source(
+    name: str, dataset: Any, column_mapping: Mapping[str, str | None] | None = None
+) -> RowSource:
+    """Wrap an in-memory or `datasets` data set given to the trainer in Python.
+
+    Args:
+        name: what to call it in messages, such as "train_dataset".
+        dataset: a `datasets.Dataset`, a list of mappings, any map-style data set; an iterable
+            one, such as `datasets.IterableDataset`; or a generator of rows, which can be read
+            once. Of a `DatasetDict`, the split "train".
+        column_mapping: which column is what, see `column_mapping.py`; by default by their names.
+
+    Raises:
+        DataError: it is a dictionary without "train", a data frame, or nothing that has rows.
+    """
+    mapping = check_column_mapping(column_mapping)
+    return with_mapped_columns(_wrap(name, dataset), mapping)
+
+
+def _open(name: str, split: str, config_name: str | None) -> RowSource:
+    try:
+        path = Path(name).expanduser()
+        is_file, is_folder = path.is_file(), path.is_dir()
+    except (OSError, RuntimeError) as error:  # a name too long, a home of nobody
+        raise DataError(f"{name[:80]!r} is no path that can be looked at: {error}") from None
+    if is_file:
         return _file_source(path)
-    if path.is_dir():
-        for suffix in (*JSON_LINES_SUFFIXES, ".json", *TABLE_SUFFIXES):
-            if (path / f"{split}{suffix}").is_file():
-                return _file_source(path / f"{split}{suffix}")
-        raise DataError(f"{name}: the folder has no {split}.jsonl, {split}.csv or {split}.parquet")
+    if is_folder:
+        return _folder_source(path, split, config_name)
     if _looks_like_path(name):
         raise DataError(f"{name}: no such file or folder")
     return _hub_source(name, config_name, split)
 
 
-def dataset_source(name: str, dataset: Any) -> RowSource:
-    """Wrap an in-memory or `datasets` data set given to the trainer in Python.
-
-    Args:
-        name: what to call it in messages, such as "train_dataset".
-        dataset: a `datasets.Dataset`, a list of mappings, or any map-style data set.
-
-    Raises:
-        DataError: it is a dictionary of splits or cannot be counted.
-    """
+def _wrap(name: str, dataset: Any) -> RowSource:
     if isinstance(dataset, dict):
+        if hasattr(dataset, "column_names") and "train" in dataset:  # a DatasetDict
+            return _wrap(f"{name}['train']", dataset["train"])
         splits = ", ".join(repr(str(split)) for split in dataset)
         raise DataError(f"{name} is a dictionary of splits ({splits}); pass one of them")
-    if isinstance(dataset, str):
+    if isinstance(dataset, str | bytes):
         raise DataError(
-            f"{name} is the text {dataset!r}; pass the rows, such as "
+            f"{name} is the text {dataset[:80]!r}; pass the rows, such as "
             "datasets.load_dataset('json', data_files=...)['train']"
         )
     if hasattr(dataset, "iloc"):
         raise DataError(f"{name} is a data frame; pass datasets.Dataset.from_pandas(...) of it")
-    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
-        raise DataError(
-            f"{name} is a {type(dataset).__name__} without a length; "
-            "pass a map-style data set or a list of rows"
-        )
+    if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"):
+        rows: Callable[[], Iterable[Any]] = lambda: (dataset[i] for i in range(len(dataset)))  # noqa: E731
+        return RowSource(name, lambda: _located(rows()), len(dataset))
+    if isinstance(dataset, Iterator):
+        return RowSource(name, _OnlyOnce(name, dataset).read, None)
+    if hasattr(dataset, "__iter__"):
+        return RowSource(name, lambda: _located(dataset), None)
+    raise DataError(
+        f"{name} is a {type(dataset).__name__} and has no rows; pass a data set or a list of rows"
+    )
 
-    def read() -> Iterator[LocatedRow]:
-        for index in range(len(dataset)):
-            yield LocatedRow(f"row {index}", dataset[index])
 
-    return RowSource(name, read, len(dataset))
+def _located(rows: Iterable[Any]) -> Iterator[LocatedRow]:
+    for index, row in enumerate(rows):
+        yield LocatedRow(f"row {index}", row)
+
+
+class _OnlyOnce:
+    """A generator's rows. A second reading would find nothing, and must not look like no rows."""
+
+    def __init__(self, name: str, rows: Iterator[Any]) -> None:
+        self._name = name
+        self._rows = rows
+        self._is_read = False
+
+    def read(self) -> Iterator[LocatedRow]:
+        if self._is_read:
+            raise DataError(
+                f"{self._name} is a generator and has been read; pass a list or a data set where "
+                "the rows are needed again"
+            )
+        self._is_read = True
+        return _located(self._rows)
 
 
 def _file_source(path: Path) -> RowSource:
-    name = str(path)
-    if name.endswith(JSON_LINES_SUFFIXES):
-        return RowSource(name, lambda: _read_json_lines(path), None)
-    if path.suffix == ".json":
-        return RowSource(name, lambda: _read_json(path), None)
-    if path.suffix in TABLE_SUFFIXES:
-        return _table_source(path)
-    endings = ", ".join((*JSON_LINES_SUFFIXES[:2], ".json", *TABLE_SUFFIXES))
-    raise DataError(f"{name}: unknown ending {path.suffix!r}; known are {endings}")
-
-
-def _read_json_lines(path: Path) -> Iterator[LocatedRow]:
-    for number, line in enumerate(_text_lines(path), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line, object_pairs_hook=_object_without_repeats)
-            yield LocatedRow(f"line {number}", row)
-        except _RepeatedKey as error:
-            raise DataError(f"{path} line {number}: key {error} stands there twice") from None
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{path} line {number}: not valid JSON ({error.msg} at column {error.colno}); "
-                "mend or delete the line"
-            ) from None
-        except RecursionError:
-            raise DataError(f"{path} line {number}: nested too deeply to be a row") from None
-
-
-class _RepeatedKey(Exception):
-    pass
-
-
-def _object_without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise _RepeatedKey(repr(next(key for key in keys if keys.count(key) > 1)))
-    return row
-
-
-def _text_lines(path: Path) -> Iterator[str]:
-    opener: Callable[..., Any] = gzip.open if path.suffix == ".gz" else open
-    number = 0
-    try:
-        # Bytes, decoded line by line: a decoder that reads ahead cannot say which line is wrong.
-        with opener(path, "rb") as stream:
-            for line in stream:
-                number += 1
-                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-    except UnicodeDecodeError as error:
+    ending = _ending(path.name)
+    if ending is None:
+        known = ", ".join(ending for ending in READERS if not ending.endswith(".gz"))
         raise DataError(
-            f"{path} line {number}: byte {error.object[error.start]:#04x} is not UTF-8; "
-            "save the file as UTF-8"
-        ) from None
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(
-            f"{path} after line {number}: the compressed file is damaged or cut off ({error}); "
-            "copy it again"
-        ) from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-
-
-def _read_json(path: Path) -> Iterator[LocatedRow]:
-    text = "".join(_text_lines(path))
-    if _is_one_object(text):
-        raise DataError(
-            f"{path}: the file is one JSON object; expected a list of rows, or one row a line"
+            f"{path}: unknown ending {path.suffix!r}; known are {known}, and .gz of those of text"
         )
-    if text.lstrip()[:1] != "[":
-        # Many files called .json hold JSON lines.
-        yield from _read_json_lines(path)
-        return
-    try:
-        rows = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise DataError(f"{path}: not valid JSON ({error}); mend the file") from None
-    for index, row in enumerate(rows):
-        yield LocatedRow(f"entry {index}", row)
+    read = READERS[ending]
+    size = count_parquet_rows(path) if ending == ".parquet" else None
+    return RowSource(str(path), lambda: read(path), size)
 
 
-def _is_one_object(text: str) -> bool:
-    try:
-        value = json.loads(text)
-    except (json.JSONDecodeError, RecursionError):
-        return False
-    return isinstance(value, dict) and "chosen" not in value
+def _folder_source(folder: Path, split: str, config_name: str | None) -> RowSource:
+    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        return _saved_source(folder, split)
+    files = files_of_split(folder, split, list(READERS), config_name)
+    sources = [_file_source(path) for path in files]
+    if len(sources) == 1:
+        return sources[0]
+
+    def read() -> Iterator[LocatedRow]:
+        for path, source in zip(files, sources, strict=True):
+            for place, row in source.read():
+                yield LocatedRow(f"{path.name} {place}", row)
+
+    sizes = [source.size for source in sources]
+    known = [size for size in sizes if size is not None]
+    return RowSource(f"{folder} [{split}]", read, sum(known) if len(known) == len(sizes) else None)
 
 
-def _table_source(path: Path) -> RowSource:
+def _saved_source(folder: Path, split: str) -> RowSource:
+    """What `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote."""
     import datasets
+    import pyarrow as pa
 
     try:
-        table = datasets.load_dataset(
-            TABLE_SUFFIXES[path.suffix], data_files=str(path), split="train"
-        )
-    except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
-        cause = error.__cause__ or error
-        raise DataError(f"{path}: cannot be read as {path.suffix[1:]}: {cause}") from None
-    return dataset_source(str(path), table)
+        saved = datasets.load_from_disk(str(folder))
+    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+        raise DataError(f"{folder}: cannot be read as a saved data set: {_first(error)}") from None
+    if isinstance(saved, dict):
+        if split not in saved:
+            raise SplitMissing(f"{folder}: no split {split!r}; found {', '.join(saved)}")
+        saved = saved[split]
+    elif split != "train":
+        # One data set without splits is for training.
+        raise SplitMissing(f"{folder}: one saved data set without splits, so no {split!r}")
+    return _wrap(f"{folder} [{split}]", saved)
 
 
 def _hub_source(name: str, config_name: str | None, split: str) -> RowSource:
     import datasets
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
     try:
         table = datasets.load_dataset(name, config_name, split=split)
+    except datasets.exceptions.DatasetGenerationError as error:
+        cause = error.__cause__ or error
+        raise DataError(f"data set {name!r}: {_first(cause)}") from None
     except (
         ConnectionError,
         FileNotFoundError,
         HfHubHTTPError,
+        HFValidationError,
         OfflineModeIsEnabled,
         datasets.exceptions.DatasetNotFoundError,
     ) as error:
@@ -218,15 +225,24 @@ def _hub_source(name: str, config_name: str | None, split: str) -> RowSource:
             "check the name and the network, or give a local path"
         ) from None
     except ValueError as error:
+        kind = SplitMissing if "split" in str(error).lower() else DataError
+        raise kind(f"data set {name!r}: {_first(error)}") from None
+    except RuntimeError as error:  # a data set that is a script, which is not run
         raise DataError(f"data set {name!r}: {_first(error)}") from None
-    return dataset_source(f"{name} [{split}]", table)
+    return _wrap(f"{name} [{split}]", table)
 
 
-def _first(error: Exception) -> str:
+def _first(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
 
+def _ending(name: str) -> str | None:
+    """The longest known ending, in whatever case it is written."""
+    known = [ending for ending in READERS if name.lower().endswith(ending)]
+    return max(known, key=len, default=None)
+
+
 def _looks_like_path(name: str) -> bool:
-    has_ending = name.endswith((*JSON_LINES_SUFFIXES, ".json", ".json.gz", *TABLE_SUFFIXES))
+    has_ending = _ending(name) is not None
     return has_ending or name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name

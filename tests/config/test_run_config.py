@@ -65,7 +65,7 @@ def test_an_override_replaces_the_file(load):
         ("num_train_epochs: 0", "num_train_epochs must be positive"),
         ("deepspeed: ds.json", "deepspeed is not supported yet"),
         ("prefix_sharing: maybe", "prefix_sharing must be auto or on or off, found 'maybe'"),
-        ("max_tokens_per_row: 1", "max_tokens_per_row must be at least 2, found 1"),
+        ("max_tokens_per_row: 1", "max_tokens_per_row must be at least 2, or auto, found 1"),
         ("tree_attention: flash", "tree_attention must be sdpa or varlen, found 'flash'"),
         ("load_best_model_at_end: true", "load_best_model_at_end needs evaluations"),
         ("sample_prompts: -1", "sample_prompts must be at least 0"),
@@ -109,6 +109,13 @@ def test_the_resolved_settings_reproduce_the_run(load, tmp_path):
             old, new = getattr(first.training, field.name), getattr(again.training, field.name)
             assert repr(old) == repr(new), field.name
     assert again.lora == first.lora and again.report == first.report
+
+
+def test_a_column_mapping_is_read_and_reproduced(load, tmp_path):
+    first = load("column_mapping: {prompt: question, chosen: good, system: null}\n")
+    assert first.data.column_mapping == {"prompt": "question", "chosen": "good", "system": None}
+    write_settings(tmp_path / "resolved.yaml", first.as_settings())
+    assert load_run_config(tmp_path / "resolved.yaml", {}).data == first.data
 
 
 def test_the_hub_token_is_never_written(load):

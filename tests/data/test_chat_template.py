@@ -151,10 +151,9 @@ def test_outside_the_main_thread_templates_run_without_a_limit_of_time():
 
 
 def test_tools_go_to_the_template():
-    class WithTools(PreferenceRow):
-        tools = [{"name": "clock"}]
-
     tokenizer = char_tokenizer(template="{% if tools %}{{ tools[0].name }}{% endif %}" + CHATML)
-    prompt = tokenizer.decode(tokenize_pair(WithTools(*CHAT), tokenizer).prompt)
+    prompt = tokenizer.decode(
+        tokenize_pair(CHAT._replace(tools=[{"name": "clock"}]), tokenizer).prompt
+    )
     assert prompt.startswith("<s>clock<|im_start|>user")
     assert "clock" not in tokenizer.decode(tokenize_pair(CHAT, tokenizer).prompt)

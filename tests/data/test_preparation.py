@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 from tiny_tokenizer import CHATML, char_tokenizer
 
-from lite_orpo.data import preparation, template_limits
+from lite_orpo.data import parsed_rows, preparation, template_limits
 from lite_orpo.data.preparation import LengthRule, prepare_pairs
-from lite_orpo.data.rows import PreferenceRow, parse_row
 from lite_orpo.data.sources import dataset_source, open_source
 from lite_orpo.errors import DataError
 
@@ -195,13 +194,10 @@ def chat_of(asked):
 
 
 @pytest.mark.parametrize("shows", [True, False], ids=["template_with_tools", "without"])
-def test_tools_that_the_template_does_not_write_are_counted(monkeypatch, shows):
-    class WithTools(PreferenceRow):
-        tools = [{"name": "clock"}]
-
-    monkeypatch.setattr(preparation, "parse_row", lambda raw: WithTools(*parse_row(raw)[:3]))
+def test_tools_that_the_template_does_not_write_are_counted(shows):
     tokenizer = char_tokenizer(template=CHATML + ("{{ tools }}" if shows else ""))
-    _, report = prepare([chat_of("hi")], tokenizer)
+    tool = {"type": "function", "function": {"name": "clock"}}
+    _, report = prepare([{**chat_of("hi"), "tools": [tool]}, chat_of("ho")], tokenizer)
     assert report.unseen_tools_rows == (not shows)
     assert ("1 rows bring tools" in "".join(report.lines())) == (not shows)
 
@@ -245,7 +241,7 @@ def test_chunks_of_rows_change_nothing(tokenizer, monkeypatch):
     expected = prepare(rows, tokenizer)
     for name, value in (("CHUNK_ROWS", 1), ("CHUNK_ROWS", 7), ("CHUNK_CHARACTERS", 30)):
         with monkeypatch.context() as patch:
-            patch.setattr(preparation, name, value)
+            patch.setattr(parsed_rows, name, value)
             data, report = prepare(rows, tokenizer)
         assert list(data) == list(expected.dataset)
         assert report == expected.report

@@ -12,7 +12,7 @@ BAD = {"role": "assistant", "content": "go away"}
 
 def test_plain_text_is_kept_as_it_is():
     row = parse_row({"prompt": " q ", "chosen": " a", "rejected": "b ", "source": "x"})
-    assert row == (" q ", " a", "b ")
+    assert row == (" q ", " a", "b ", None)
     assert not row.is_conversational
 
 
@@ -22,7 +22,7 @@ def test_an_empty_plain_prompt_is_accepted():
 
 def test_an_explicit_conversational_prompt_is_kept():
     row = parse_row({"prompt": [ASK], "chosen": [GOOD], "rejected": [BAD]})
-    assert row == ([ASK], [GOOD], [BAD])
+    assert row == ([ASK], [GOOD], [BAD], None)
     assert row.is_conversational
 
 
@@ -57,8 +57,6 @@ CHAT = {"prompt": [ASK], "chosen": [GOOD], "rejected": [BAD]}
         ({**PLAIN, "rejected": "a"}, "rejected", "identical"),
         ({"chosen": "q a", "rejected": "q b"}, "prompt", "plain text gives no sign"),
         ({**PLAIN, "chosen": [GOOD]}, "rejected", "same kind as column 'chosen'"),
-        ({**CHAT, "prompt": "q"}, "prompt", "is text but the completions are messages"),
-        ({**PLAIN, "prompt": [ASK]}, "prompt", "is messages but the completions are text"),
         ({**CHAT, "prompt": []}, "prompt", "empty list"),
         ({**CHAT, "chosen": []}, "chosen", "empty list"),
         ({**CHAT, "chosen": ["hello"]}, "chosen", "'role' and 'content'"),

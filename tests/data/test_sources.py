@@ -7,7 +7,7 @@ from pathlib import Path
 import datasets
 import pytest
 
-from lite_orpo.data.sources import dataset_source, open_source
+from lite_orpo.data.sources import SplitMissing, dataset_source, open_source
 from lite_orpo.errors import DataError, HubError
 
 ROWS = [
@@ -89,7 +89,7 @@ def test_a_bad_line_is_named_by_its_number(tmp_path):
     path = write(tmp_path / "a.jsonl", json_lines()[:-1] + '\n\n{"prompt": "q",}\n' + json_lines())
     message = refused(lambda: read(path))
     assert f"{path} line 5: not valid JSON" in message
-    assert "column 16" in message
+    assert "at character 16)" in message
 
 
 def test_a_truncated_archive_is_named_with_the_last_good_line(tmp_path):
@@ -132,8 +132,14 @@ def test_an_empty_file_has_no_rows(tmp_path):
 
 @pytest.mark.parametrize("ending", ["csv", "parquet"])
 def test_a_broken_table_is_refused(tmp_path, ending):
-    path = write(tmp_path / f"a.{ending}", "" if ending == "csv" else "PAR1 no")
-    assert f"{path}: cannot be read as {ending}" in refused(lambda: read(path))
+    path = write(tmp_path / f"a.{ending}", 'a,b\n"x\n' if ending == "csv" else "PAR1 no")
+    message = refused(lambda: read(path))
+    assert message.startswith(str(path))
+    words = {
+        "csv": "line 2: not valid CSV: a quote is opened",
+        "parquet": "cannot be read as parquet",
+    }
+    assert words[ending] in message
 
 
 @pytest.mark.parametrize(
@@ -164,12 +170,31 @@ def test_a_hub_name_without_network_is_named(monkeypatch):
     assert "\n" not in message
 
 
-def test_a_dictionary_of_splits_and_a_stream_are_refused():
-    splits = datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)})
-    message = refused(lambda: dataset_source("train_dataset", splits))
-    assert "dictionary of splits ('train')" in message
-    message = refused(lambda: dataset_source("train_dataset", iter(ROWS)))
-    assert "without a length" in message
+def test_of_a_data_set_dict_the_split_train_is_taken_and_nothing_else():
+    table = datasets.Dataset.from_list(ROWS)
+    source = dataset_source("train_dataset", datasets.DatasetDict({"train": table, "test": table}))
+    assert source.name == "train_dataset['train']"
+    assert [row for _, row in source.read()] == ROWS
+    message = refused(lambda: dataset_source("data", datasets.DatasetDict({"test": table})))
+    assert "dictionary of splits ('test')" in message
+    assert "'train'" in refused(lambda: dataset_source("data", {"train": ROWS}))
+
+
+def test_a_stream_is_read_again_and_a_generator_once():
+    stream = datasets.Dataset.from_list(ROWS).to_iterable_dataset()
+    source = dataset_source("train_dataset", stream)
+    assert source.size is None
+    assert list(source.read()) == list(source.read()) == [(f"row {i}", ROWS[i]) for i in range(3)]
+    source = dataset_source("train_dataset", (row for row in ROWS))
+    assert [row for _, row in source.read()] == ROWS
+    assert "is a generator and has been read" in refused(source.read)
+
+
+@pytest.mark.parametrize(
+    "thing", [3, None, object(), "rows.jsonl"], ids=["number", "none", "object", "text"]
+)
+def test_what_has_no_rows_is_refused(thing):
+    assert "pass" in refused(lambda: dataset_source("train_dataset", thing))
 
 
 def test_a_key_that_stands_twice_in_a_row_is_an_error_with_its_line(tmp_path):
@@ -184,3 +209,39 @@ def test_a_json_file_that_is_one_object_is_no_list_of_rows(tmp_path):
     path.write_text('{"data": [{"prompt": "a", "chosen": "b", "rejected": "c"}]}')
     with pytest.raises(DataError, match="one JSON object; expected a list of rows"):
         list(open_source(str(path), split="train").read())
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "words"),
+    [
+        (
+            ValueError("Unknown split \"test\". Should be one of ['train']."),
+            SplitMissing,
+            "Unknown",
+        ),
+        (ValueError("Config name is missing.\nPick one"), DataError, "Config name is missing."),
+        (RuntimeError("Dataset scripts are no longer supported"), DataError, "scripts"),
+        (datasets.exceptions.DatasetGenerationError("bad file"), DataError, "bad file"),
+        (datasets.exceptions.DatasetNotFoundError("no such"), HubError, "check the name"),
+    ],
+    ids=["split", "config", "script", "generation", "name"],
+)
+def test_what_the_hub_answers_is_one_line_with_the_name(monkeypatch, error, kind, words):
+    def refuse(*_, **__):
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises((DataError, HubError)) as caught:
+        open_source("someone/pairs", split="test")
+    assert type(caught.value) is kind
+    assert "'someone/pairs'" in str(caught.value)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_hub_name_gives_its_split_with_the_mapping(monkeypatch):
+    table = datasets.Dataset.from_list([{"q": "a", "chosen": "b", "rejected": "c"}])
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: table)
+    source = open_source("someone/pairs", split="train", column_mapping={"prompt": "q"})
+    assert (source.name, source.size) == ("someone/pairs [train]", 1)
+    assert next(iter(source.read())).row == {"chosen": "b", "rejected": "c", "prompt": "a"}

@@ -1,0 +1,281 @@
+"""`lite-orpo check` from a user's side: exit codes, files, one row's tokens, train's lines."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lite_orpo.cli.check_target import DEFAULT_MAX_LENGTH, resolve_target
+from lite_orpo.cli.main import run
+from lite_orpo.cli.quick_check import print_quick_check
+from lite_orpo.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+MODEL = str(ROOT / "examples/demo_model")
+DEMO = str(ROOT / "examples/demo_data/train.jsonl")
+GOOD = [
+    {"prompt": f"Question {i}?", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(30)
+]
+# One file for each way to be wrong, the message's beginning behind it; kept here and not as
+# files, so that what is wrong can be read.
+BAD_FILES = {
+    "missing_column": (b'{"prompt": "a", "chosen": "b"}\n', "line 1: column 'rejected' is missing"),
+    "capitals": (
+        b'{"Prompt": "a", "Chosen": "b", "Rejected": "c"}\n',
+        "rename column 'Chosen'",
+    ),
+    "number": (b'{"prompt": "a", "chosen": 1, "rejected": "c"}\n', "column 'chosen' must be text"),
+    "bad_json": (b'{"prompt": \n', "line 1: not valid JSON"),
+    "latin1": (b'{"prompt": "caf\xe9"}\n', "line 1: byte 0xe9 is not UTF-8"),
+    "empty": (b"", "no rows"),
+    "damaged.gz": (b"\x1f\x8b\x08\x00 no gzip", "damaged"),
+}
+
+
+@pytest.fixture
+def check(tmp_path, monkeypatch, capsys):
+    """Run the command here; returns (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["lite-orpo", "check", *map(str, words)])
+        code = 0
+        try:
+            run()
+        except SystemExit as stopped:
+            code = int(stopped.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_good_pairs_exit_0_and_leave_two_files(check, tmp_path):
+    code, out, err = check(write(tmp_path / "pairs.jsonl", GOOD))
+    assert code == 0, err
+    assert "30 pairs" in out and "characters (no --model)" in out
+    written = json.loads((tmp_path / "check/check.json").read_text())
+    assert written["schema"] == "lite-orpo-check/1"
+    assert written["data"]["readable"] == 30 and written["model"] is None
+    assert (tmp_path / "check/check.html").read_text().startswith("<!doctype html>")
+
+
+def test_the_schema_is_the_promised_one(check, tmp_path):
+    rows = [{**row, "source": "ab"[i % 2]} for i, row in enumerate(GOOD * 2)]
+    path = write(tmp_path / "pairs.jsonl", rows)
+    assert check(path, "--eval", path, "--model", MODEL)[0] == 0
+    written = json.loads((tmp_path / "check/check.json").read_text())
+    keys = "schema data format model unit lengths overlong pairs rules balance held_out"
+    assert set(written) == {*keys.split(), "unreadable_kinds", "findings"}
+    assert set(written["lengths"]) == {"prompt", "chosen", "rejected", "sequence"}
+    assert set(written["lengths"]["prompt"]) == {"mean", "median", "p95", "longest", "histogram"}
+    assert set(written["rules"]) == {"length", "first_token", "first_tokens"}
+    assert set(written["findings"][0]) == {
+        *("id", "severity", "title", "rows", "places", "harm", "advice")
+    }
+    assert written["model"] == "demo_model" and written["unit"] == "tokens"
+    assert written["held_out"]["shared_prompts"] == 60
+    assert [c["rows"] for c in written["balance"]["categories"]] == [30, 30]
+
+
+def test_the_files_name_no_folder_of_the_machine(check, tmp_path):
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(GOOD[0]) + "\n{broken\n")
+    assert check(tmp_path / "pairs.jsonl", "--model", MODEL)[0] == 0
+    for name in ("check.html", "check.json"):
+        text = (tmp_path / "check" / name).read_text()
+        assert "pairs.jsonl" in text
+        assert str(tmp_path) not in text and str(ROOT) not in text
+
+
+def test_strict_exits_1_for_serious_findings_only(check, tmp_path):
+    good = write(tmp_path / "good.jsonl", GOOD)
+    other = write(tmp_path / "other.jsonl", [{**row, "prompt": "new"} for row in GOOD])
+    assert check(good, "--eval", other, "--strict")[0] == 0
+    assert check(good, "--eval", good)[0] == 0
+    assert check(good, "--eval", good, "--strict")[0] == 1
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_what_cannot_be_read_exits_2_with_one_line(check, tmp_path, name):
+    content, message = BAD_FILES[name]
+    ending = ".jsonl.gz" if name.endswith(".gz") else ".jsonl"
+    path = tmp_path / f"pairs{ending}"
+    path.write_bytes(content)
+    code, _, err = check(path)
+    assert code == 2
+    assert message in err and str(path) in err and err.count("\n") == 1
+    assert not (tmp_path / "check/check.html").exists()
+
+
+def test_a_row_that_cannot_be_read_is_named_with_line_and_column(check, tmp_path):
+    rows = [*GOOD, {"prompt": "a", "chosen": None, "rejected": "b"}]
+    code, out, _ = check(write(tmp_path / "pairs.jsonl", rows))
+    assert code == 0
+    assert "Column 'chosen' is null" in out and "line 31" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nowhere.jsonl"], "no such file"),
+        (["nowhere.yaml"], "no such file"),
+        ([DEMO, "--show", "3"], "--show needs --model"),
+        ([DEMO, "--show", "4000", "--model", MODEL], "there is no row 4000; the last one is line"),
+        ([DEMO, "--max-length", "1"], "max_length must be at least 2"),
+        ([DEMO, "--overlong-rows", "keep"], "overlong_rows must be drop or cut_prompt"),
+        ([DEMO, "--by", "topic"], "no column 'topic'"),
+        ([DEMO, "--output", DEMO], "--output"),
+        ([DEMO, "--model", "./nowhere"], "nowhere"),
+    ],
+)
+def test_a_mistake_exits_2_with_one_line(check, words, message):
+    code, _, err = check(*words)
+    assert code == 2 and message in err and err.count("\n") == 1
+
+
+def test_a_configuration_names_data_model_and_lengths(tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        "dataset_name: a.jsonl\neval_dataset_name: b.jsonl\nmodel_name_or_path: m\n"
+        "max_length: 77\noverlong_rows: cut_prompt\nbf16: true\nlearning_rate: 1e-4\n"
+    )
+    target = resolve_target(str(config))
+    assert (target.data.dataset_name, target.data.eval_dataset_name) == ("a.jsonl", "b.jsonl")
+    assert target.model.model_name_or_path == "m"
+    assert target.rule == (77, "cut_prompt")
+    assert resolve_target(str(config), max_length=9, model="n").rule.max_length == 9
+    config.write_text("max_length: long\ndataset_name: a")
+    with pytest.raises(ConfigError, match="config.yaml line 1: max_length must be"):
+        resolve_target(str(config))
+    config.write_text("seed: 3")
+    with pytest.raises(ConfigError, match="dataset_name is not set"):
+        resolve_target(str(config))
+
+
+def test_the_default_length_is_the_trainers():
+    from lite_orpo.config.orpo_config import ORPOConfig
+
+    assert DEFAULT_MAX_LENGTH == ORPOConfig.max_length
+
+
+def test_a_folders_test_split_is_held_out(check, tmp_path):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    write(folder / "train.jsonl", GOOD)
+    assert check(folder)[0] == 0
+    write(folder / "test.jsonl", GOOD[:5])
+    _, out, _ = check(folder)
+    assert "5 of 5 held-out prompts also trained on" in out
+
+
+def test_a_limit_beyond_the_models_positions_is_lowered(check, tmp_path):
+    code, out, _ = check(write(tmp_path / "pairs.jsonl", GOOD), "--model", MODEL)
+    assert code == 0 and "max_length 1024 is beyond the model's 256 positions" in out
+
+
+def test_show_prints_each_token_and_what_is_scored(check, tmp_path):
+    row = {"prompt": "How?\n", "chosen": "Do\tit.", "rejected": "No."}
+    path = write(tmp_path / "pairs.jsonl", [GOOD[0], row])
+    code, out, err = check(path, "--model", MODEL, "--show", "2", "--max-length", "64")
+    assert code == 0, err
+    assert "line 2" in out and "scored (a label)" in out
+    from transformers import AutoTokenizer
+
+    from lite_orpo.data.rows import parse_row
+    from lite_orpo.data.tokenization import tokenize_pair
+
+    pair = tokenize_pair(parse_row(row), AutoTokenizer.from_pretrained(MODEL))
+    assert f"prompt: {len(pair.prompt)} tokens, {len(pair.prompt) - 1} scored" in out
+    assert f"chosen: {len(pair.chosen)} tokens, {len(pair.chosen)} scored, ends in EOS" in out
+    assert "⏎│" in out and "⇥" in out and "<|eos|>│" in out
+    assert not (tmp_path / "check").exists()
+
+
+def test_show_puts_a_character_of_several_tokens_behind_the_last(check, tmp_path):
+    row = {"prompt": "How?", "chosen": "a 日 b", "rejected": "No."}
+    _, out, _ = check(write(tmp_path / "pairs.jsonl", [row]), "--model", MODEL, "--show", 1)
+    assert "‥│" in out and "日│" in out and "\ufffd" not in out
+
+
+def test_help_and_a_check_without_a_model_load_no_torch():
+    code = (
+        "import sys, tempfile\n"
+        "from lite_orpo.cli.main import app\n"
+        "for words in (['check', '--help'], ['check', sys.argv[1], '-o', tempfile.mkdtemp()]):\n"
+        "    try:\n        app(words)\n"
+        "    except SystemExit as stopped:\n        assert not stopped.code\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'matplotlib'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, DEMO],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "COLUMNS": "120"},
+    )
+    assert done.returncode == 0, done.stderr
+
+
+class Spoken:
+    """A console that keeps what is printed."""
+
+    quiet = False
+
+    def __init__(self):
+        self.lines = []
+
+    def print(self, text, **_):
+        self.lines.append(str(text))
+
+
+def test_train_begins_with_three_lines_about_its_data(tmp_path):
+    from lite_orpo.data.sources import open_source
+
+    rows = [*GOOD, *GOOD[:2], {"prompt": "a", "chosen": None, "rejected": "b"}]
+    pairs = open_source(str(write(tmp_path / "pairs.jsonl", rows)), split="train")
+    console = Spoken()
+    print_quick_check(console, pairs, pairs)
+    assert len(console.lines) == 3
+    first, second, third = console.lines
+    assert "32 pairs, 1 row cannot be trained on: text" in first
+    assert "serious: prompts in both" in first
+    assert "2 duplicate pairs" in second and "held-out prompts also trained on" in second
+    assert "chosen is longer in 100%" in third
+
+
+def test_the_look_at_the_data_never_stops_a_run(tmp_path, caplog):
+    from lite_orpo.data.sources import LocatedRow, RowSource
+
+    def explode():
+        yield LocatedRow("row 0", GOOD[0])
+        raise ZeroDivisionError("a bug of somebody's")
+
+    console = Spoken()
+    print_quick_check(console, RowSource("rows", explode, None), None)
+    assert console.lines == [] and "was not checked: ZeroDivisionError" in caplog.text
+    print_quick_check(console, RowSource("rows", lambda: iter([]), 0), None)
+    assert console.lines == []
+
+
+def test_train_prints_the_lines_before_it_loads_the_model(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["lite-orpo", "train", "examples/demo.yaml", f"output_dir={tmp_path / 'out'}"]
+        + ["model_name_or_path=./no_such_model"],
+    )
+    with pytest.raises(SystemExit):
+        run()
+    captured = capsys.readouterr()
+    assert captured.out.count("Check ") == 3 and "no_such_model" in captured.err

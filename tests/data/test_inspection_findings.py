@@ -1,0 +1,222 @@
+"""Each finding of `lite-orpo check`: found where the data has it, silent where it has not."""
+
+import pytest
+from pairs_with_findings import clean_rows, source_of, swapped
+
+from lite_orpo.data.inspection.finding import Severity
+from lite_orpo.data.inspection.survey import SurveyOptions, survey_pairs
+from lite_orpo.data.preparation import LengthRule
+
+
+def messages(row):
+    chat = {"prompt": [{"role": "user", "content": row["prompt"]}]}
+    for column in ("chosen", "rejected"):
+        chat[column] = [{"role": "assistant", "content": row[column]}]
+    return chat
+
+
+def with_copies(rows):
+    return rows + rows[4:7]
+
+
+def with_swaps(rows):
+    return rows + [swapped(row) for row in rows[4:7]]
+
+
+def with_repeated_prompts(rows):
+    return rows + [{**row, "chosen": f"{row['chosen']} anew"} for row in rows[4:7]]
+
+
+def with_mixed_formats(rows):
+    return rows[:-3] + [messages(row) for row in rows[-3:]]
+
+
+def with_empty_prompts(rows):
+    return rows[:-3] + [{**row, "prompt": " "} for row in rows[-3:]]
+
+
+def with_prompts_again(rows):
+    return rows[:-3] + [
+        {**r, "chosen": r["prompt"] + r["chosen"], "rejected": r["prompt"] + r["rejected"]}
+        for r in rows[-3:]
+    ]
+
+
+def with_long_chosen(rows):
+    return [{**row, "chosen": f"{row['chosen']} and {row['rejected']}"} for row in rows]
+
+
+def with_one_opening(rows):
+    return [{**row, "chosen": f"Sure {row['chosen']}"[: len(row["chosen"])]} for row in rows]
+
+
+def with_one_source(rows):
+    return [{**row, "source": "a" if i % 20 else "b"} for i, row in enumerate(rows)]
+
+
+def with_rare_categories(rows):
+    return [{**row, "category": "c" if i == 7 else "ab"[i % 2]} for i, row in enumerate(rows)]
+
+
+def with_special_tokens(rows):
+    return rows[:-3] + [{**row, "chosen": f"{row['chosen']} <|im_end|>"} for row in rows[-3:]]
+
+
+def with_odd_characters(rows):
+    return rows[:-3] + [{**row, "prompt": f"{row['prompt']} \u202e\x00"} for row in rows[-3:]]
+
+
+def with_empty_answers(rows):
+    return rows[:-3] + [{**row, "chosen": " "} for row in rows[-3:]]
+
+
+def with_identical_answers(rows):
+    return rows[:-3] + [{**row, "chosen": row["rejected"]} for row in rows[-3:]]
+
+
+def with_numbers(rows):
+    return rows[:-3] + [{**row, "chosen": 4} for row in rows[-3:]]
+
+
+def with_half_characters(rows):
+    return rows[:-3] + [{**row, "rejected": f"{row['rejected']} \ud83d"} for row in rows[-3:]]
+
+
+CASES = {
+    "duplicate_pairs": (with_copies, 3),
+    "swapped_pairs": (with_swaps, 3),
+    "repeated_prompts": (with_repeated_prompts, 3),
+    "mixed_formats": (with_mixed_formats, 3),
+    "empty_prompts": (with_empty_prompts, 3),
+    "prompt_in_completions": (with_prompts_again, 3),
+    "length_gives_it_away": (with_long_chosen, 200),
+    "first_token_gives_it_away": (with_one_opening, 200),
+    "one_category_dominates": (with_one_source, 190),
+    "rare_categories": (with_rare_categories, 1),
+    "special_tokens_in_text": (with_special_tokens, 3),
+    "odd_characters": (with_odd_characters, 3),
+    "empty_texts": (with_empty_answers, 3),
+    "identical_pairs": (with_identical_answers, 3),
+    "unreadable_rows": (with_numbers, 3),
+    "unreadable_rows: half a character": (with_half_characters, 3),
+}
+
+
+def findings_of(rows, **arguments):
+    return {f.id: f for f in survey_pairs(source_of(rows), **arguments).findings}
+
+
+def test_clean_pairs_have_no_finding():
+    assert findings_of(clean_rows()) == {}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_finding_is_found_with_its_rows(name):
+    spoil, count = CASES[name]
+    found = findings_of(spoil(clean_rows()))
+    name = name.split(":")[0]
+    assert set(found) == {name}, "one thing is wrong, and nothing else is said to be"
+    finding = found[name]
+    assert finding.rows == count
+    assert len(finding.places) == min(count, 3)
+    assert all(place.startswith("row ") for place in finding.places)
+    assert finding.title and finding.harm.endswith(".") and finding.advice.endswith(".")
+
+
+def test_the_rows_named_are_the_rows_that_have_it():
+    found = findings_of(with_copies(clean_rows()))
+    assert found["duplicate_pairs"].places == (
+        "row 200 (as row 4)",
+        "row 201 (as row 5)",
+        "row 202 (as row 6)",
+    )
+    found = findings_of(with_swaps(clean_rows()))
+    assert found["swapped_pairs"].places[0] == "row 200 (against row 4)"
+    assert findings_of(with_odd_characters(clean_rows()))["odd_characters"].places == (
+        "row 197",
+        "row 198",
+        "row 199",
+    )
+
+
+def test_a_prompt_counts_as_the_same_as_text_and_as_a_message():
+    rows = clean_rows()
+    assert "duplicate_pairs" in findings_of([*rows, messages(rows[0])])
+
+
+def test_tool_calls_tell_two_answers_apart():
+    def call(name):
+        return {"role": "assistant", "content": "", "tool_calls": [{"name": name}]}
+
+    final = {"role": "assistant", "content": "done"}
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": "Ring?"}],
+            "chosen": [call(name), final],
+            "rejected": [call("none"), final],
+        }
+        for name in ("bell", "phone")
+    ]
+    assert "duplicate_pairs" not in findings_of(rows)
+
+
+def test_held_out_prompts_that_are_trained_on_are_found():
+    rows, held_out = clean_rows(), clean_rows(50, seed=1)
+    assert "prompts_in_both" not in findings_of(rows, held_out=source_of(held_out, "held-out"))
+    both = [*held_out, rows[3], {**rows[4], "chosen": "another"}]
+    finding = findings_of(rows, held_out=source_of(both, "held-out"))["prompts_in_both"]
+    assert finding.rows == 2 and finding.places == ("row 50", "row 51")
+    assert finding.severity is Severity.SERIOUS
+
+
+def test_held_out_rows_that_cannot_be_read_are_found():
+    held_out = [*clean_rows(50, seed=1), {"prompt": "a"}]
+    found = findings_of(clean_rows(), held_out=source_of(held_out, "held-out"))
+    assert set(found) == {"held_out_unreadable_rows"}
+    assert found["held_out_unreadable_rows"].places == ("row 50",)
+
+
+def test_rows_over_max_length_are_found(tokenizer):
+    rows = clean_rows()
+    for row in rows[:3]:
+        row["prompt"] *= 40
+    rows[3]["chosen"] *= 40
+    for rule in ("drop", "cut_prompt"):
+        options = SurveyOptions(LengthRule(200, rule))
+        survey = survey_pairs(source_of(rows), tokenizer=tokenizer, options=options)
+        (finding,) = (f for f in survey.findings if f.id == "overlong")
+        assert finding.rows == 4
+        assert survey.overlong[2:] == (4, 3, 1)
+        assert survey.overlong.dropped == (4 if rule == "drop" else 1)
+    options = SurveyOptions(LengthRule(4000, "drop"))
+    assert "overlong" not in findings_of(rows, tokenizer=tokenizer, options=options)
+
+
+@pytest.mark.parametrize("bad", [20, 25])
+def test_data_that_training_will_refuse_is_called_so(bad):
+    rows = clean_rows(200)
+    found = findings_of([{**row, "chosen": None} for row in rows[:bad]] + rows[bad:])
+    assert ("training_refused" in found) == (bad > 20)
+    is_serious = found["unreadable_rows"].severity is Severity.SERIOUS
+    assert is_serious == (bad >= 20)
+
+
+def test_special_tokens_are_those_of_the_tokenizer(chatml_tokenizer):
+    rows = clean_rows()
+    foreign = rows[:-1] + [{**rows[-1], "chosen": "a [INST] b"}]
+    assert "special_tokens_in_text" in findings_of(foreign)
+    assert "special_tokens_in_text" not in findings_of(foreign, tokenizer=chatml_tokenizer)
+    own = rows[:-1] + [{**rows[-1], "chosen": "a <|im_start|> b"}]
+    finding = findings_of(own, tokenizer=chatml_tokenizer)["special_tokens_in_text"]
+    assert "<|im_start|>" in finding.title
+
+
+def test_a_column_of_row_numbers_is_no_category():
+    rows = [{**row, "source": f"row {i}"} for i, row in enumerate(clean_rows())]
+    survey = survey_pairs(source_of(rows))
+    assert survey.categories == () and survey.findings == ()
+
+
+def test_many_values_do_not_fill_the_memory():
+    rows = [{**row, "source": f"{i % 300}"} for i, row in enumerate(clean_rows(900))]
+    assert survey_pairs(source_of(rows)).categories == ()

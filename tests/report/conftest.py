@@ -1,0 +1,6 @@
+"""Makes the made-up pairs of tests/data importable here."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data"))
