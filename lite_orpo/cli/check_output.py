@@ -21,9 +21,12 @@ def print_survey(console: Console, survey: Survey, model: str | None) -> None:
         model: whose tokenizer was used; None without one.
     """
     console.print(Text(make_visible(survey.source), style="bold"), soft_wrap=True)
-    speed = survey.rows / max(survey.seconds, 1e-9) * 60
+    pace = ""
+    if survey.seconds >= 1:
+        speed = survey.rows / survey.seconds * 60
+        pace = f" ({survey.seconds:.1f} s, {speed:,.0f} rows a minute)"
     rows = [
-        ("Pairs", f"{pairs_in_words(survey)} ({survey.seconds:.1f} s, {speed:,.0f} rows a minute)"),
+        ("Pairs", pairs_in_words(survey) + pace),
         ("Format", formats_in_words(survey)),
         ("Columns", ", ".join(survey.columns)),
         ("Repeats", repeats_in_words(survey)),
