@@ -32,6 +32,10 @@ class CheckpointError(UserError):
     """A checkpoint that cannot be written, or from which a run cannot go on."""
 
 
+class NonFiniteError(UserError):
+    """Steps in a row had a loss or a gradient that is not finite."""
+
+
 class OutOfMemory(UserError):
     """Memory ran out, and there is nothing left to make smaller."""
 

@@ -39,6 +39,7 @@ from .setup import (
     resolve_tokenizer,
 )
 from .step_context import step_context
+from .step_guard import StepGuard
 from .throughput import Throughput
 
 
@@ -125,6 +126,8 @@ class ORPOTrainer(CheckpointingTrainer):
         self._evaluation_room = RowRoom(tokens, "the evaluation", ranks, "close other programs")
         self._train_parts, self._eval_parts = empty_parts(args.device), empty_parts(args.device)
         self._throughput = Throughput()
+        source = self.data_reports[0].source if self.data_reports else "train_dataset"
+        self._guard = StepGuard(args.max_refused_steps, source)
         self._eval_counts = torch.zeros(2, device=self.args.device)
 
     # ---- data ----
@@ -205,9 +208,16 @@ class ORPOTrainer(CheckpointingTrainer):
             return self._plan_rows(self.room, step.own_pairs, step.repeats)
 
         (total, parts), rows = self.room.make(step.rows, take, plan_again)
+        if not self._guard.accepts(self, total):
+            return self._guard.refuse(self, step.own_pairs, self._is_finite_alone)
         self._train_parts += parts
         self._throughput.end_step(rows, len(step.own_pairs))
         return total * self.args.world_size
+
+    def _is_finite_alone(self, pair: Pair) -> bool:
+        with torch.no_grad(), step_context(self), self.compute_loss_context_manager():
+            row = self.planner.plan([pair])[0]
+            return bool(self._score(self.model, row, 1.0, 1.0)[0].isfinite())
 
     def _forward_and_backward(
         self, model: nn.Module, rows: list[RowBatch], nll_tokens: float, pairs: float
@@ -332,6 +342,8 @@ class ORPOTrainer(CheckpointingTrainer):
             logs.update(named_metrics(averages, self._scale))
             logs.update(self._throughput.take(self.args.device, self._sum_over_ranks))
             self._train_parts.zero_()
+        if "loss" in logs:
+            logs["lite_orpo/refused_steps"] = self._guard.take_count()
         super().log(logs, start_time)
 
     def _sum_over_ranks(self, values: Tensor) -> Tensor:

@@ -93,6 +93,9 @@ class ORPOConfig(TrainingArguments):
     tree_attention: str = _setting(
         "sdpa", "attention over packed rows: sdpa (everywhere) or varlen (CUDA, not measured yet)"
     )
+    max_refused_steps: int = _setting(
+        5, "stop after so many steps in a row with a non-finite loss or gradient; none is taken"
+    )
     disable_dropout: bool = _setting(True, "turn the base model's dropout off (not LoRA's)")
     loss_backend: str = _setting(
         "auto", "of the fused head and loss: auto, triton, chunked or reference"
@@ -163,6 +166,7 @@ class ORPOConfig(TrainingArguments):
             ("per_device_train_batch_size", 1),
             ("per_device_eval_batch_size", 1),
             ("gradient_accumulation_steps", 1),
+            ("max_refused_steps", 1),
             ("seed", 0),
             ("learning_rate", 0),
         ):
