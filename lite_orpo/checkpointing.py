@@ -28,6 +28,7 @@ from .checkpoint.manifest import why_incomplete
 from .checkpoint.staging import staged, staging_folder
 from .checkpoint.tensor_tree import load_tree, save_tree
 from .errors import CheckpointError
+from .fingerprint import differences, fingerprint_of, write_fingerprint
 from .interruption import EvaluationCut
 from .random_state import RandomState
 
@@ -40,6 +41,7 @@ class CheckpointingTrainer(Trainer):
     """The part of `ORPOTrainer` that saves and goes on."""
 
     control: Any
+    _fingerprint: dict[str, Any]
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Train; see transformers' Trainer.
@@ -54,6 +56,9 @@ class CheckpointingTrainer(Trainer):
                 named is none.
         """
         checkpoint = self._resolve(resume_from_checkpoint)
+        self._fingerprint = fingerprint_of(self)
+        if checkpoint is not None and not self._leaves_saving_to_library():
+            self._compare(Path(checkpoint))
         try:
             return super().train(resume_from_checkpoint=checkpoint, **kwargs)
         except EvaluationCut:
@@ -82,6 +87,19 @@ class CheckpointingTrainer(Trainer):
                 "without resume_from_checkpoint"
             )
         return str(found.checkpoint)
+
+    def _compare(self, checkpoint: Path) -> None:
+        parts, versions = differences(checkpoint, self._fingerprint)
+        if versions:
+            logger.warning("%s was written with %s", checkpoint.name, "; ".join(versions))
+        if not parts:
+            return
+        what = f"{checkpoint.name} is of a run that differs in: {', '.join(parts)}"
+        if not self.args.resume_despite_changes:
+            raise CheckpointError(
+                f"{what}; go on with what it was made from, or set resume_despite_changes: true"
+            )
+        logger.warning("%s; resume_despite_changes is set", what)
 
     def _leaves_saving_to_library(self) -> bool:
         return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
@@ -126,6 +144,7 @@ class CheckpointingTrainer(Trainer):
                 self._save_optimizer_and_scheduler(str(folder))
                 self._save_scaler(str(folder))
                 self._save_random_state(folder)
+            write_fingerprint(folder, self._fingerprint)
             self._note_callbacks()
             self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
             self.accelerator.wait_for_everyone()

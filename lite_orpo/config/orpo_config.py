@@ -93,6 +93,9 @@ class ORPOConfig(TrainingArguments):
     tree_attention: str = _setting(
         "sdpa", "attention over packed rows: sdpa (everywhere) or varlen (CUDA, not measured yet)"
     )
+    resume_despite_changes: bool = _setting(
+        False, "go on from a checkpoint of other data, weights, adapter or loss settings"
+    )
     max_refused_steps: int = _setting(
         5, "stop after so many steps in a row with a non-finite loss or gradient; none is taken"
     )
