@@ -7,6 +7,7 @@ process and data parallelism; what FSDP saves is written by its own libraries, a
 """
 
 import contextlib
+import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,15 +22,15 @@ from . import offline_bitsandbytes  # noqa: F401  (before transformers imports i
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .checkpoint.find import newest_complete
+from .checkpoint.find import newest_complete, rotate, set_aside
 from .checkpoint.manifest import why_incomplete
-from .checkpoint.staging import staged, staging_folder
+from .checkpoint.staging import remove_leftovers, staged, staging_folder
 from .checkpoint.tensor_tree import load_tree, save_tree
 from .errors import CheckpointError
 from .fingerprint import differences, fingerprint_of, write_fingerprint
-from .interruption import EvaluationCut
+from .interruption import EvaluationCut, StopWithCheckpoint
 from .random_state import RandomState
 
 logger = logging.getLogger(__name__)
@@ -57,8 +58,8 @@ class CheckpointingTrainer(Trainer):
         """
         checkpoint = self._resolve(resume_from_checkpoint)
         self._fingerprint = fingerprint_of(self)
-        if checkpoint is not None and not self._leaves_saving_to_library():
-            self._compare(Path(checkpoint))
+        if not self._leaves_saving_to_library():
+            self._prepare_folder(checkpoint)
         try:
             return super().train(resume_from_checkpoint=checkpoint, **kwargs)
         except EvaluationCut:
@@ -66,6 +67,37 @@ class CheckpointingTrainer(Trainer):
             self._save_checkpoint(self.model, None)
             self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
             return None
+        finally:
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, StopWithCheckpoint):
+                    callback.stop_listening()
+
+    def _prepare_folder(self, checkpoint: str | None) -> None:
+        """Compare what is gone on from with this run, and set later checkpoints aside."""
+        output_dir = Path(self.args.output_dir)
+        if checkpoint is not None:
+            self._compare(Path(checkpoint))
+            self._refuse_finished(Path(checkpoint))
+        self.accelerator.wait_for_everyone()
+        if not self.args.should_save:
+            return
+        remove_leftovers(output_dir)
+        if checkpoint is not None and Path(checkpoint).resolve().parent == output_dir.resolve():
+            names = set_aside(output_dir, Path(checkpoint))
+            if names:
+                logger.warning(
+                    "checkpoints of later steps than %s are set aside: %s",
+                    Path(checkpoint).name,
+                    ", ".join(names),
+                )
+
+    def _refuse_finished(self, checkpoint: Path) -> None:
+        state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        if 0 < self.args.max_steps <= state["global_step"]:
+            raise CheckpointError(
+                f"{checkpoint.name} is the end of the run already (max_steps "
+                f"{self.args.max_steps}): its weights are in that folder; to go on, raise max_steps"
+            )
 
     def _resolve(self, wanted: str | bool | None) -> str | None:
         if wanted is None or wanted is False or self._leaves_saving_to_library():
@@ -116,20 +148,19 @@ class CheckpointingTrainer(Trainer):
         final = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         try:
             self._write_checkpoint(run_dir, final)
-        except (OSError, SafetensorError) as error:
+        except Exception as error:
+            if not is_write_error(error):
+                raise
             raise CheckpointError(
-                f"{final.name} could not be written ({_reason(error)}); earlier checkpoints are "
-                "as they were: mend that, and go on with resume_from_checkpoint: true"
+                f"{final.name} could not be written ({write_reason(error)}); earlier checkpoints "
+                "are as they were: mend that, and go on with resume_from_checkpoint: true"
             ) from error
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(final))
         if self.args.should_save:
-            rotate_checkpoints(
-                output_dir=str(run_dir),
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
+            best = self.state.best_model_checkpoint
+            keep = {final} if best is None else {final, run_dir / Path(best).name}
+            rotate(run_dir, self.args.save_total_limit, keep)
 
     def _write_checkpoint(self, run_dir: Path, final: Path) -> None:
         if not self.args.should_save:
@@ -228,11 +259,17 @@ def _reading(checkpoint: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise CheckpointError(
-            f"{checkpoint} does not fit this run ({_reason(error)}): it was saved without its "
+            f"{checkpoint} does not fit this run ({write_reason(error)}): it was saved without its "
             "training state (save_only_model), or with another optimiser or adapter"
         ) from error
 
 
-def _reason(error: BaseException) -> str:
+def is_write_error(error: BaseException) -> bool:
+    """Whether a file could not be written; the tokenizer's own library raises no OSError then."""
+    return isinstance(error, (OSError, SafetensorError)) or "os error" in str(error)
+
+
+def write_reason(error: BaseException) -> str:
+    """In a few words."""
     strerror = getattr(error, "strerror", None)
     return str(strerror or error or type(error).__name__).splitlines()[0]

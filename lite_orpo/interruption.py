@@ -39,9 +39,12 @@ class StopWithCheckpoint(TrainerCallback):
         self._seconds = seconds
         self._ends_at: float | None = None
         self._handlers: dict[int, Any] = {}
+        self._is_training = False
+        self._put_back: dict[str, Any] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Begin to listen."""
+        self._is_training = True
         if self._seconds is not None:
             self._ends_at = time.monotonic() + self._seconds
         if threading.current_thread() is threading.main_thread() and not self._handlers:
@@ -67,14 +70,32 @@ class StopWithCheckpoint(TrainerCallback):
             self.reason = self.reason or "another rank was asked to stop"
             control.should_training_stop = True
             control.should_save = True
+            # At the end of a training transformers would load the best checkpoint and delete
+            # the one that is announced here; this is not the end.
+            for name, value in (("load_best_model_at_end", False), ("save_total_limit", None)):
+                self._put_back.setdefault(name, getattr(args, name))
+                setattr(args, name, value)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Nothing of what comes at an epoch's end: a stopped epoch has not ended."""
+        if control.should_training_stop and self.reason is not None:
+            control.should_evaluate = control.should_save = False
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Cut an evaluation; with several ranks it ends by itself, for they wait for each other."""
-        if self.signal is not None and args.world_size == 1:
+        """Cut an evaluation that nothing of the training depends on.
+
+        With several ranks it ends by itself, for they wait for each other.
+        """
+        is_cut = self._is_training and self.signal is not None and args.world_size == 1
+        if is_cut and not _depends_on_evaluations(args):
             raise EvaluationCut
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Listen no longer."""
+        self._is_training = False
+        for name, value in self._put_back.items():
+            setattr(args, name, value)
+        self._put_back = {}
         self.stop_listening()
 
     def stop_listening(self) -> None:
@@ -82,6 +103,15 @@ class StopWithCheckpoint(TrainerCallback):
         for number, handler in self._handlers.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._handlers = {}
+
+
+def _depends_on_evaluations(args: Any) -> bool:
+    schedule = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
+    return (
+        args.metric_for_best_model is not None
+        or args.load_best_model_at_end
+        or schedule in ("reduce_lr_on_plateau", "greedy")
+    )
 
 
 def _any_rank(asked: bool, device: torch.device) -> bool:

@@ -1,6 +1,7 @@
 """Which checkpoint a run goes on from: the newest complete one."""
 
 import re
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,11 +34,7 @@ def newest_complete(output_dir: Path) -> Found:
         output_dir: the run's folder.
     """
     _put_back(output_dir)
-    steps = {
-        int(match.group(1)): path
-        for path in (output_dir.iterdir() if output_dir.is_dir() else ())
-        if (match := _NAME.fullmatch(path.name)) and path.is_dir()
-    }
+    steps = _checkpoints(output_dir)
     passed_over: list[PassedOver] = []
     for step in sorted(steps, reverse=True):
         reason = why_incomplete(steps[step])
@@ -45,6 +42,60 @@ def newest_complete(output_dir: Path) -> Found:
             return Found(steps[step], passed_over)
         passed_over.append(PassedOver(steps[step].name, reason))
     return Found(None, passed_over)
+
+
+def set_aside(output_dir: Path, checkpoint: Path) -> list[str]:
+    """Rename the checkpoints of later steps than the one that a run goes on from.
+
+    They are damaged, or of another course of the run; the next that goes on from the newest
+    one must not take them for its own.
+
+    Args:
+        output_dir: the run's folder.
+        checkpoint: where it goes on from.
+
+    Returns:
+        Their new names.
+    """
+    match = _NAME.fullmatch(checkpoint.name)
+    first = int(match.group(1)) if match else -1
+    names = []
+    for step, path in sorted(_checkpoints(output_dir).items()):
+        if step > first:
+            aside = path.with_name(f"superseded-{path.name}")
+            number = 2
+            while aside.exists():
+                aside = path.with_name(f"superseded-{path.name}-{number}")
+                number += 1
+            path.rename(aside)
+            names.append(aside.name)
+    return names
+
+
+def rotate(output_dir: Path, limit: int | None, keep: set[Path]) -> None:
+    """Delete the oldest checkpoints until `limit` are left.
+
+    Args:
+        output_dir: the run's folder.
+        limit: most to keep; None or 0: all.
+        keep: never deleted, and counted: the newest one and the best one.
+    """
+    if not limit:
+        return
+    checkpoints = _checkpoints(output_dir)
+    surplus = len(checkpoints) - max(limit, len(keep))
+    for step in sorted(checkpoints):
+        if surplus > 0 and checkpoints[step] not in keep:
+            shutil.rmtree(checkpoints[step], ignore_errors=True)
+            surplus -= 1
+
+
+def _checkpoints(output_dir: Path) -> dict[int, Path]:
+    return {
+        int(match.group(1)): path
+        for path in (output_dir.iterdir() if output_dir.is_dir() else ())
+        if (match := _NAME.fullmatch(path.name)) and path.is_dir()
+    }
 
 
 def _put_back(output_dir: Path) -> None:

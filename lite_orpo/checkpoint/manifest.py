@@ -37,8 +37,12 @@ def why_incomplete(folder: Path) -> str | None:
         }
     except FileNotFoundError:
         return f"it has no {MANIFEST_FILE}: it was not finished, or not written by lite-orpo"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError):
         return f"its {MANIFEST_FILE} is damaged"
+    except RecursionError:
+        return f"its {MANIFEST_FILE} is damaged"
+    if not files:
+        return f"its {MANIFEST_FILE} names no files"
     for name, (size, digest) in files.items():
         path = folder / name
         if not path.resolve().is_relative_to(folder.resolve()):
@@ -50,6 +54,16 @@ def why_incomplete(folder: Path) -> str | None:
                 return f"{name} is not what was written"
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"
+    return _stranger(folder, set(files))
+
+
+def _stranger(folder: Path, known: set[str]) -> str | None:
+    """A file that was put there later: a library might load it instead of what was written."""
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        is_ours = name in known or name == MANIFEST_FILE or path.name.startswith(".")
+        if path.is_file() and not is_ours:
+            return f"{name} is not in its {MANIFEST_FILE}"
     return None
 
 

@@ -1,5 +1,6 @@
 """A folder that appears under its name complete, or not at all, whenever the process dies."""
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -53,11 +54,25 @@ def staged(final: Path) -> Iterator[Path]:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
+def remove_leftovers(output_dir: Path) -> None:
+    """Remove what processes left that died while they wrote a checkpoint."""
+    for path in output_dir.glob(".checkpoint-*.partial"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def _sync(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():
-        return  # Windows has no handle for it
+    if os.name == "nt":
+        if path.is_dir():
+            return  # there is no handle for it
+        with path.open("r+b") as stream:
+            os.fsync(stream.fileno())
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems cannot sync a folder; their files are synced.
+        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):
+            raise
     finally:
         os.close(descriptor)

@@ -13,6 +13,8 @@ import numpy
 import torch
 from safetensors.torch import load_file, save_file
 
+from ..errors import CheckpointError
+
 _ENDINGS = (".json", ".safetensors")
 
 
@@ -25,7 +27,7 @@ def save_tree(tree: Any, stem: Path) -> None:
         stem: path without an ending.
 
     Raises:
-        TypeError: something of another type is in it.
+        CheckpointError: something of another type is in it.
     """
     tensors: dict[str, torch.Tensor] = {}
     shape = _encoded(tree, tensors)
@@ -61,12 +63,12 @@ def _encoded(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
     if isinstance(value, dict):
         for key in value:
             if type(key) not in (str, int):
-                raise TypeError(f"a state's key is {key!r}, a {type(key).__name__}")
+                raise CheckpointError(f"a state's key is {key!r}, a {type(key).__name__}")
         return {"dict": [[key, _encoded(entry, tensors)] for key, entry in value.items()]}
     if isinstance(value, (list, tuple)):
         entries = [_encoded(entry, tensors) for entry in value]
         return {"tuple": entries} if isinstance(value, tuple) else entries
-    raise TypeError(f"a state holds a {type(value).__name__}, which has no form in JSON")
+    raise CheckpointError(f"a state holds a {type(value).__name__}, which has no form in JSON")
 
 
 def _decoded(shape: Any, tensors: dict[str, torch.Tensor]) -> Any:

@@ -46,11 +46,12 @@ def train(
 ) -> None:
     """Train on preference pairs, as a YAML configuration says."""
     from ..config.yaml_file import read_settings
-    from .overrides import RESUME, split_arguments
+    from .overrides import RESUME, refuse_twice, split_arguments
     from .stopped import seconds_of
 
     path, overrides = split_arguments(arguments or [], config)
     if resume:
+        refuse_twice(overrides)
         overrides |= RESUME
     seconds = None if stop_after is None else seconds_of(stop_after)
     read_settings(path)  # a wrong path is told before the seconds that the libraries take

@@ -48,7 +48,8 @@ def check_output_dir(config: RunConfig) -> None:
     resume = config.training.resume_from_checkpoint
     if resume:
         _check_checkpoint(resume, folder)
-        return
+        if resume is True or Path(str(resume)).resolve().parent == folder.resolve():
+            return
     if config.report.overwrite_output_dir:
         return
     found = [path.name for mark in (*_WEIGHTS, METRICS_FILE) for path in folder.glob(mark)]
@@ -86,7 +87,7 @@ def remove_earlier_run(folder: Path) -> None:
     """
     for mark in _PRODUCTS:
         for path in folder.glob(mark):
-            if path.is_dir():
+            if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
                 path.unlink()

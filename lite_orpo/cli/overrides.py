@@ -54,3 +54,10 @@ def split_arguments(arguments: list[str], config: Path | None) -> tuple[Path, di
             f"{WHERE}: {str(paths[1])!r} is neither key=value nor the configuration ({paths[0]} is)"
         )
     return paths[0], overrides
+
+
+def refuse_twice(overrides: dict[str, Setting]) -> None:
+    """Raise a ConfigError if --resume is given beside the key that it stands for."""
+    for key in RESUME:
+        if key in overrides:
+            raise ConfigError(f"{WHERE}: --resume and {key} are both given; give one")

@@ -1,5 +1,6 @@
 """A run that was stopped before its end: after how long, and the command that goes on with it."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from ..config.yaml_file import Setting
+from ..config.yaml_file import Setting, parse_value
 from ..errors import ConfigError
 from .overrides import RESUME
 
@@ -46,6 +47,8 @@ def print_stopped(
 
 
 def _text(value: object) -> str:
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    return str(value)
+    """A value as it is read back from a command line."""
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    read = parse_value(text) if text else None
+    is_same = type(read) is type(value) and read == value
+    return text if is_same else json.dumps(value, default=str)

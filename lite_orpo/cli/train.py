@@ -13,11 +13,12 @@ from typing import Any
 
 from rich.console import Console
 
+from ..checkpointing import is_write_error, write_reason
 from ..config.run_config import RunConfig, load_run_config
 from ..config.yaml_file import Setting, write_settings
 from ..data.run_sources import Sources, open_run_sources
 from ..device_memory import PeakMemory
-from ..errors import ConfigError
+from ..errors import CheckpointError, ConfigError
 from ..interruption import StopWithCheckpoint
 from ..model.adapter import adapter_switched_off, lora_config, trainable_parameters
 from ..model.load import load_model, load_tokenizer
@@ -89,9 +90,13 @@ def run_training(
         print_stopped(console, stop.reason, state.global_step, state.max_steps, name, command)
         return 0 if stop.signal is None else 128 + stop.signal
     memory = peak.allocated(), peak.beyond()
+    # Before anything else that could be stopped, or fail.
+    _save(trainer)
+    if stop.signal is not None:
+        console.print(f"Stopped ({stop.reason}) after the last step, before the last evaluation.")
+        print_usage(console, config, output_dir, METRICS_FILE, curves=None)
+        return 128 + stop.signal
     after = _held_out_metrics(trainer) if has_held_out else {}
-    trainer.save_model()
-    trainer.save_state()
     answered = _answers_after(trainer, config, samples, base_answers)
     if trainer.is_world_process_zero():
         _write_report(config, output_dir, before, after)
@@ -100,6 +105,19 @@ def run_training(
     print_memory(console, config, trainer, *memory)
     print_usage(console, config, output_dir, METRICS_FILE, CURVES_FILE)
     return 0
+
+
+def _save(trainer: ORPOTrainer) -> None:
+    try:
+        trainer.save_model()
+        trainer.save_state()
+    except Exception as error:
+        if not is_write_error(error):
+            raise
+        raise CheckpointError(
+            f"{trainer.args.output_dir}: what was trained could not be written "
+            f"({write_reason(error)}); checkpoints are as they were: free space, and --resume"
+        ) from error
 
 
 def quiet_libraries(console: Console) -> None:

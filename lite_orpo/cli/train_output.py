@@ -74,12 +74,12 @@ def print_outcome(
 
 
 def print_usage(
-    console: Console, config: RunConfig, output_dir: Path, metrics: str, curves: str
+    console: Console, config: RunConfig, output_dir: Path, metrics: str, curves: str | None
 ) -> None:
     """Say where everything is and how to use it."""
     what = "Adapter" if config.lora.use_peft else "Model"
     console.print(f"{what} in {output_dir}, figures in {output_dir / metrics}", soft_wrap=True)
-    if config.report.save_plots:
+    if config.report.save_plots and curves is not None:
         console.print(f"Curves in {output_dir / curves}", soft_wrap=True)
     console.print("Use it in Python:")
     name = "AutoPeftModelForCausalLM" if config.lora.use_peft else "AutoModelForCausalLM"

@@ -7,6 +7,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from ..errors import CheckpointError
+
 
 class MetricsFile(TrainerCallback):
     """Write each log line to a file.
@@ -26,7 +28,10 @@ class MetricsFile(TrainerCallback):
         if self._append and state.is_world_process_zero and self.path.exists():
             kept = [line for line in read_metrics(self.path) if line["step"] <= state.global_step]
             text = "".join(json.dumps(line) + "\n" for line in kept)
-            self.path.write_text(text, encoding="utf-8")
+            # Beside it and renamed: a full disk must not cost what was there.
+            beside = self.path.with_suffix(".partial")
+            beside.write_text(text, encoding="utf-8")
+            beside.replace(self.path)
 
     def _open(self) -> None:
         # Not before there is something to write: a run that fails at its data or model must not
@@ -45,8 +50,13 @@ class MetricsFile(TrainerCallback):
         if not self._is_open:
             self._open()
         line = json.dumps({"step": state.global_step, **logs})
-        with self.path.open("a", encoding="utf-8") as stream:
-            stream.write(line + "\n")
+        try:
+            with self.path.open("a", encoding="utf-8") as stream:
+                stream.write(line + "\n")
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.path} cannot be written ({error.strerror}); checkpoints are as they were"
+            ) from error
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -5,9 +5,15 @@ import shutil
 
 import pytest
 
-from lite_orpo.checkpoint.find import newest_complete
+from lite_orpo.checkpoint import staging
+from lite_orpo.checkpoint.find import newest_complete, rotate, set_aside
 from lite_orpo.checkpoint.manifest import MANIFEST_FILE, why_incomplete
-from lite_orpo.checkpoint.staging import replaced_folder, staged, staging_folder
+from lite_orpo.checkpoint.staging import (
+    remove_leftovers,
+    replaced_folder,
+    staged,
+    staging_folder,
+)
 
 FILES = {"weights.bin": b"0123456789" * 20, "state.json": b"{}\n", "inner/a.txt": b"text"}
 
@@ -122,3 +128,74 @@ def test_a_manifest_cannot_name_files_elsewhere(tmp_path):
     }
     (path / MANIFEST_FILE).write_text(json.dumps({"format": 1, "files": {"../outside.txt": entry}}))
     assert "outside of it" in why_incomplete(path)
+
+
+@pytest.mark.parametrize(
+    "manifest", ['{"format": 1, "files": {}}', '{"format": 1e999}', "[" * 9999]
+)
+def test_an_empty_or_absurd_manifest_makes_nothing_complete(manifest, tmp_path):
+    path = checkpoint(tmp_path, 5)
+    (path / MANIFEST_FILE).write_text(manifest)
+    assert MANIFEST_FILE in str(why_incomplete(path)) or "format inf" in str(why_incomplete(path))
+
+
+def test_a_file_that_was_put_there_later_makes_it_incomplete(tmp_path):
+    """A library might load it instead of what was written."""
+    path = checkpoint(tmp_path, 5)
+    (path / ".DS_Store").write_bytes(b"x")
+    assert why_incomplete(path) is None
+    (path / "pytorch_model.bin").write_bytes(b"x")
+    assert why_incomplete(path) == f"pytorch_model.bin is not in its {MANIFEST_FILE}"
+
+
+def test_checkpoints_of_later_steps_are_set_aside_and_kept(tmp_path):
+    for step in (2, 4, 6):
+        checkpoint(tmp_path, step)
+    for expected in ("superseded-checkpoint-6", "superseded-checkpoint-6-2"):
+        assert set_aside(tmp_path, tmp_path / "checkpoint-4") == [expected]
+        assert newest_complete(tmp_path).checkpoint == tmp_path / "checkpoint-4"
+        checkpoint(tmp_path, 6)
+
+
+def test_rotation_deletes_the_oldest_and_never_what_is_to_be_kept(tmp_path):
+    for step in (2, 4, 6, 8):
+        checkpoint(tmp_path, step)
+    keep = {tmp_path / "checkpoint-8", tmp_path / "checkpoint-2"}
+    rotate(tmp_path, 3, keep)
+    assert sorted(path.name[-1] for path in tmp_path.iterdir()) == ["2", "6", "8"]
+    rotate(tmp_path, 1, keep)
+    assert sorted(path.name[-1] for path in tmp_path.iterdir()) == ["2", "8"]
+    rotate(tmp_path, None, set())
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_what_a_dead_process_left_is_removed(tmp_path):
+    staging_folder(tmp_path / "checkpoint-3").mkdir()
+    checkpoint(tmp_path, 5)
+    remove_leftovers(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-5"]
+
+
+def test_the_older_one_of_a_name_is_there_until_the_new_one_is_in_place(tmp_path, monkeypatch):
+    path = checkpoint(tmp_path, 5)
+    own, seen = staging.Path.rename, []
+
+    def rename(self, target):
+        result = own(self, target)
+        if "copy" in self.parts:
+            return result  # looking at it renames there, too
+        seen.append(newest_complete_of_a_copy(tmp_path))
+        return result
+
+    monkeypatch.setattr(staging.Path, "rename", rename)
+    checkpoint(tmp_path, 5, {"weights.bin": b"new"})
+    assert seen == ["checkpoint-5", "checkpoint-5"]
+    assert path.exists()
+
+
+def newest_complete_of_a_copy(output_dir):
+    copy = output_dir / "copy"
+    shutil.copytree(output_dir, copy, ignore=shutil.ignore_patterns("copy"))
+    found = newest_complete(copy).checkpoint
+    shutil.rmtree(copy)
+    return found and found.name

@@ -8,10 +8,11 @@ from safetensors.torch import load_file
 
 from lite_orpo.checkpoint import staging
 from lite_orpo.checkpoint.manifest import why_incomplete
+from lite_orpo.cli.overrides import split_arguments
 from lite_orpo.cli.stopped import command_to_go_on, seconds_of
 from lite_orpo.config.yaml_file import Setting
 from lite_orpo.errors import ConfigError
-from lite_orpo.report.metrics_file import MetricsFile
+from lite_orpo.report.metrics_file import MetricsFile, read_metrics
 from lite_orpo.report.progress import TrainingProgress
 
 
@@ -83,6 +84,78 @@ def test_an_evaluation_is_cut_and_the_step_before_it_saved(train, unbroken, tmp_
     assert train(*words, "--resume")[0] == 0
     found = load_file(tmp_path / "stopped" / "adapter_model.safetensors")
     assert all((found[name] == unbroken[name]).all() for name in unbroken)
+
+
+def test_a_stop_in_mid_epoch_is_exact_with_evaluations_at_its_end(train, tmp_path, monkeypatch):
+    words = ("eval_strategy=epoch", "lora_dropout=0.3", "max_steps=6", "save_strategy=epoch")
+    assert train(*words)[0] == 0
+    unbroken = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    words = (f"output_dir={tmp_path / 'stopped'}", *words)
+    with monkeypatch.context() as patched:
+        send_at(patched, MetricsFile, "on_log", signal.SIGTERM, when=at_step(3))
+        assert train(*words)[0] == 143
+    assert train(*words, "--resume")[0] == 0
+    found = load_file(tmp_path / "stopped" / "adapter_model.safetensors")
+    assert all((found[name] == unbroken[name]).all() for name in unbroken)
+
+
+def test_the_checkpoint_that_is_announced_stays_beside_the_best_one(train, tmp_path, monkeypatch):
+    words = ("eval_strategy=steps", "eval_steps=1", "save_strategy=steps", "save_steps=1")
+    words += ("load_best_model_at_end=true", "save_total_limit=1", "learning_rate=100")
+    send_at(monkeypatch, MetricsFile, "on_log", signal.SIGINT, when=at_step(3))
+    assert train(f"output_dir={tmp_path / 'stopped'}", *words)[0] == 130
+    assert why_incomplete(tmp_path / "stopped" / "checkpoint-3") is None
+
+
+@pytest.mark.parametrize("moment", ["last step", "last evaluation"])
+def test_a_signal_at_the_very_end_costs_no_adapter(moment, train, unbroken, tmp_path, monkeypatch):
+    folder = tmp_path / "stopped"
+    owner, name = (MetricsFile, "on_log")
+    if moment == "last evaluation":
+        owner, name = (TrainingProgress, "on_prediction_step")
+    send_at(monkeypatch, owner, name, signal.SIGINT, when=at_step(4))
+    code, _, _ = train(f"output_dir={folder}")
+    assert code == 130
+    found = load_file(folder / "adapter_model.safetensors")
+    assert all((found[name] == unbroken[name]).all() for name in unbroken)
+
+
+def test_going_on_from_an_older_checkpoint_sets_the_later_ones_aside(train, tmp_path):
+    words = ("save_strategy=steps", "save_steps=1")
+    assert train(*words)[0] == 0
+    folder = tmp_path / "out"
+    again = ("--resume", *words, "max_steps=6")
+    assert train(f"resume_from_checkpoint={folder}/checkpoint-2", *words)[0] == 0
+    assert (folder / "superseded-checkpoint-4").is_dir()
+    assert train(*again)[0] == 0
+    steps = [line["step"] for line in read_metrics(folder / "metrics.jsonl") if "loss" in line]
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_both_ways_to_go_on_at_once_are_refused(train):
+    code, error, _ = train("--resume", "resume_from_checkpoint=x")
+    assert code == 2
+    assert "--resume and resume_from_checkpoint are both given" in error
+
+
+def test_another_runs_checkpoint_is_not_gone_on_with_in_a_folder_that_holds_a_run(train, tmp_path):
+    assert train("save_strategy=steps", "save_steps=2")[0] == 0
+    other = f"output_dir={tmp_path / 'other'}"
+    assert train(other)[0] == 0
+    checkpoint = tmp_path / "out" / "checkpoint-2"
+    code, error, _ = train(other, f"resume_from_checkpoint={checkpoint}")
+    assert code == 2
+    assert "holds an earlier run" in error
+
+
+@pytest.mark.parametrize(
+    "value", ["true", "12", "null", "", "a: b", "x #y", "plain", 1e-5, [1, "2"]]
+)
+def test_a_value_in_the_command_reads_back_as_it_was(value, tmp_path):
+    command = command_to_go_on(tmp_path / "c.yaml", {"run_name": Setting(value, "")})
+    _, overrides = split_arguments(shlex.split(command)[2:-1], None)
+    assert overrides["run_name"].value == value
+    assert type(overrides["run_name"].value) is type(value)
 
 
 def test_a_save_that_is_under_way_is_finished(train, tmp_path, monkeypatch):

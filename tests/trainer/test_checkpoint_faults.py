@@ -55,7 +55,9 @@ class StopAt(TrainerCallback):
         self.step = step
 
     def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop = state.global_step >= self.step
+        if state.global_step >= self.step:
+            control.should_training_stop = True
+            control.should_save = args.save_strategy != "no"
 
 
 class _Death:
@@ -155,7 +157,8 @@ def test_a_run_goes_on_bit_for_bit_from_the_newest_complete_checkpoint(unbroken,
     goes_on = trainer(tmp_path)
     goes_on.train(resume_from_checkpoint=True)
     assert "checkpoint-4 is passed over: optimizer.safetensors cannot be read" in caplog.text
-    # The broken one has been written anew.
+    assert "set aside: superseded-checkpoint-4" in caplog.text
+    # It has been written anew.
     assert why_incomplete(tmp_path / "checkpoint-4") is None
     assert same_weights(weights(tmp_path / "checkpoint-4"), weights(unbroken / "checkpoint-4"))
 
@@ -210,3 +213,45 @@ def test_a_checkpoint_without_a_training_state_says_so(tmp_path):
     trainer(tmp_path, save_only_model=True).train()
     with pytest.raises(CheckpointError, match="saved without its training state"):
         trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_rotation_after_a_damaged_one_keeps_what_can_be_resumed(unbroken, tmp_path):
+    shutil.copytree(unbroken / "checkpoint-2", tmp_path / "checkpoint-2")
+    shutil.copytree(unbroken / "checkpoint-4", tmp_path / "checkpoint-4")
+    (tmp_path / "checkpoint-4" / "optimizer.safetensors").unlink()
+    goes_on = trainer(tmp_path, save_steps=1, save_total_limit=1, callbacks=[StopAt(3)])
+    goes_on.train(resume_from_checkpoint=True)
+    assert newest_complete(tmp_path).checkpoint == tmp_path / "checkpoint-3"
+
+
+def test_a_finished_run_is_not_gone_on_with(unbroken, tmp_path):
+    shutil.copytree(unbroken / "checkpoint-4", tmp_path / "checkpoint-4")
+    with pytest.raises(CheckpointError, match="checkpoint-4 is the end of the run already"):
+        trainer(tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_an_error_of_the_tokenizers_library_is_a_full_disk_too(tmp_path, monkeypatch):
+    def full(*arguments, **options):
+        raise Exception("No space left on device (os error 28)")  # as it raises it
+
+    run = trainer(tmp_path)
+    monkeypatch.setattr(type(run.processing_class), "save_pretrained", full)
+    with pytest.raises(CheckpointError, match="checkpoint-2 could not be written .No space left"):
+        run.train()
+
+
+def test_a_scalers_state_is_saved_and_loaded(unbroken, tmp_path):
+    class Scaler:
+        state = {"scale": 1024.0, "growth_tracker": 7}
+
+        def state_dict(self):
+            return dict(self.state)
+
+        def load_state_dict(self, state):
+            self.loaded = state
+
+    run = trainer(tmp_path)
+    run.accelerator.scaler = Scaler()
+    run._save_scaler(str(tmp_path))
+    run._load_scaler(str(tmp_path))
+    assert run.accelerator.scaler.loaded == Scaler.state
