@@ -47,7 +47,7 @@ def run_check(target: CheckTarget, *, by: str | None, output: Path) -> bool:
             source,
             held_out=held_out,
             tokenizer=tokenizer,
-            options=SurveyOptions(rule, balance_column=by),
+            options=SurveyOptions(rule, target.on_bad_row, balance_column=by),
             progress=progress,
         )
     named = without_folders(survey)

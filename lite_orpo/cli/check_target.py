@@ -18,6 +18,7 @@ from ..errors import ConfigError
 
 DEFAULT_MAX_LENGTH = 1024  # ORPOConfig's, which takes seconds to import; a test compares them
 _RULES = ("drop", "cut_prompt")
+_BAD_ROW = ("drop", "error")
 
 
 class CheckTarget(NamedTuple):
@@ -27,6 +28,7 @@ class CheckTarget(NamedTuple):
     model: ModelOptions
     rule: LengthRule
     nll_tokens: str
+    on_bad_row: str
 
     def open(self) -> Sources:
         """The pairs, and the held-out pairs where there are some, as `train` opens them.
@@ -89,7 +91,10 @@ def resolve_target(
             f"overlong_rows must be {' or '.join(_RULES)}, found {rule.overlong_rows!r}"
         )
     nll_tokens = _get(settings, "nll_tokens", str, "prompt_and_completion")
-    return CheckTarget(data, _group(ModelOptions, settings), rule, nll_tokens)
+    on_bad_row = _get(settings, "on_bad_row", str, "drop")
+    if on_bad_row not in _BAD_ROW:
+        raise ConfigError(f"on_bad_row must be {' or '.join(_BAD_ROW)}, found {on_bad_row!r}")
+    return CheckTarget(data, _group(ModelOptions, settings), rule, nll_tokens, on_bad_row)
 
 
 def _group(group: Any, settings: dict[str, Setting]) -> Any:

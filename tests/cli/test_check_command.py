@@ -146,19 +146,31 @@ def test_a_configuration_names_data_model_and_lengths(tmp_path):
     config = tmp_path / "config.yaml"
     config.write_text(
         "dataset_name: a.jsonl\neval_dataset_name: b.jsonl\nmodel_name_or_path: m\n"
-        "max_length: 77\noverlong_rows: cut_prompt\nbf16: true\nlearning_rate: 1e-4\n"
+        "max_length: 77\noverlong_rows: cut_prompt\non_bad_row: error\n"
+        "bf16: true\nlearning_rate: 1e-4\n"
     )
     target = resolve_target(str(config))
     assert (target.data.dataset_name, target.data.eval_dataset_name) == ("a.jsonl", "b.jsonl")
     assert target.model.model_name_or_path == "m"
-    assert target.rule == (77, "cut_prompt")
+    assert target.rule == (77, "cut_prompt") and target.on_bad_row == "error"
     assert resolve_target(str(config), max_length=9, model="n").rule.max_length == 9
     config.write_text("max_length: long\ndataset_name: a")
     with pytest.raises(ConfigError, match="config.yaml line 1: max_length must be"):
         resolve_target(str(config))
+    config.write_text("on_bad_row: keep\ndataset_name: a")
+    with pytest.raises(ConfigError, match="on_bad_row must be drop or error"):
+        resolve_target(str(config))
     config.write_text("seed: 3")
     with pytest.raises(ConfigError, match="dataset_name is not set"):
         resolve_target(str(config))
+
+
+def test_a_bad_row_is_serious_where_the_configuration_stops_at_it(check, tmp_path):
+    write(tmp_path / "pairs.jsonl", [*GOOD, {"prompt": "a", "chosen": None, "rejected": "b"}])
+    config = tmp_path / "config.yaml"
+    for on_bad_row, code in (("drop", 0), ("error", 1)):
+        config.write_text(f"dataset_name: pairs.jsonl\non_bad_row: {on_bad_row}\n")
+        assert check(config, "--strict")[0] == code
 
 
 def test_the_default_length_is_the_trainers():

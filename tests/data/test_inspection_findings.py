@@ -5,7 +5,8 @@ from pairs_with_findings import clean_rows, source_of, swapped
 
 from lite_orpo.data.inspection.finding import Severity
 from lite_orpo.data.inspection.survey import SurveyOptions, survey_pairs
-from lite_orpo.data.preparation import LengthRule
+from lite_orpo.data.preparation import LengthRule, prepare_pairs
+from lite_orpo.errors import DataError
 
 
 def messages(row):
@@ -174,6 +175,42 @@ def test_held_out_rows_that_cannot_be_read_are_found():
     found = findings_of(clean_rows(), held_out=source_of(held_out, "held-out"))
     assert set(found) == {"held_out_unreadable_rows"}
     assert found["held_out_unreadable_rows"].places == ("row 50",)
+
+
+def test_held_out_rows_that_training_refuses_are_a_serious_finding(tokenizer):
+    long = [{**row, "prompt": row["prompt"] * 40} for row in clean_rows(30, seed=1)]
+    for rule, is_refused in (("drop", True), ("cut_prompt", False)):
+        options = SurveyOptions(LengthRule(200, rule))
+        arguments = {"tokenizer": tokenizer, "options": options}
+        survey = survey_pairs(source_of(clean_rows()), held_out=source_of(long), **arguments)
+        found = {f.id: f for f in survey.findings}
+        assert found["held_out_overlong"].rows == 30
+        assert ("held_out_training_refused" in found) == survey.is_serious == is_refused
+        assert survey.held_out.overlong == (30 if is_refused else 0)
+        if is_refused:
+            with pytest.raises(DataError, match="none of 30 rows"):
+                prepare_pairs(source_of(long), tokenizer, options.rule)
+
+
+def test_held_out_pairs_of_an_empty_file_are_a_serious_finding():
+    survey = survey_pairs(source_of(clean_rows()), held_out=source_of([]))
+    assert [f.id for f in survey.findings] == ["held_out_empty"] and survey.is_serious
+
+
+def test_each_bad_row_is_serious_where_training_stops_at_the_first(tokenizer):
+    rows = clean_rows()
+    rows[3]["prompt"] *= 40
+    rows[5]["chosen"] = None
+    for on_bad_row, severity in (("drop", Severity.WARNING), ("error", Severity.SERIOUS)):
+        options = SurveyOptions(LengthRule(200, "drop"), on_bad_row)
+        found = findings_of(rows, held_out=source_of(rows), tokenizer=tokenizer, options=options)
+        for name in ("overlong", "unreadable_rows"):
+            for finding in (found[name], found[f"held_out_{name}"]):
+                assert finding.severity is severity
+                assert ("Training stops at the first" in finding.harm) == (on_bad_row == "error")
+    options = SurveyOptions(LengthRule(200, "cut_prompt"), "error")
+    found = findings_of(rows, tokenizer=tokenizer, options=options)
+    assert found["overlong"].severity is Severity.WARNING, "nothing is left out"
 
 
 def test_rows_over_max_length_are_found(tokenizer):
