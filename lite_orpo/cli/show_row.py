@@ -5,8 +5,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.text import Text
 
-from ..data.inspection.overlong import fate
-from ..data.inspection.seen_row import Sizes
+from ..data.preparation import LengthRule, fit
 from ..data.rows import parse_row
 from ..data.sources import LocatedRow, RowSource
 from ..data.tokenization import TokenizedPair, tokenize_pair
@@ -52,17 +51,20 @@ def show_row(target: CheckTarget, number: int) -> None:
         pair = tokenize_pair(parse_row(located.row), tokenizer)
     except RowProblem as problem:
         raise DataError(f"{source.name} {located.place}: {problem}") from None
+    whole = pair
+    try:
+        pair = fit(whole, rule)
+        outcome = _outcome_in_words(whole, pair, rule)
+    except RowProblem:
+        outcome = f"over max_length {rule.max_length}: the row is left out"
     console.print(Text(f"{make_visible(source.name)}, {located.place}", style="bold"))
     _print_legend(console, target.nll_tokens)
     for part in TokenizedPair._fields:
         tokens = shown_tokens(pair, part, tokenizer, target.nll_tokens)
         console.print(_heading(part, tokens))
         console.print(_as_text(tokens), soft_wrap=not console.is_terminal)
-    sizes = Sizes(len(pair.prompt), len(pair.chosen), len(pair.rejected))
-    length = sizes.prompt + max(sizes.chosen, sizes.rejected)
-    console.print(
-        Text(f"{length} tokens with the longer answer; {_fate_in_words(sizes, rule)}", style="bold")
-    )
+    length = len(whole.prompt) + max(len(whole.chosen), len(whole.rejected))
+    console.print(Text(f"{length} tokens with the longer answer; {outcome}", style="bold"))
 
 
 def find_row(source: RowSource, number: int) -> LocatedRow:
@@ -162,11 +164,14 @@ def _print_legend(console: Console, nll_tokens: str) -> None:
     )
 
 
-def _fate_in_words(sizes: Sizes, rule: Any) -> str:
-    met = fate(sizes, rule.max_length)
-    if met == "whole":
-        limit = "there is no max_length" if rule.max_length is None else f"of {rule.max_length}"
-        return f"within max_length {limit}" if rule.max_length is not None else limit
-    if met == "dropped" or rule.overlong_rows == "drop":
-        return f"over max_length {rule.max_length}: the row is left out"
-    return f"over max_length {rule.max_length}: the prompt is cut at its beginning"
+def _outcome_in_words(whole: TokenizedPair, fitted: TokenizedPair, rule: LengthRule) -> str:
+    """What becomes of a row that is not left out."""
+    if rule.max_length is None:
+        return "there is no max_length"
+    cut = len(whole.prompt) - len(fitted.prompt)
+    if not cut:
+        return f"within max_length of {rule.max_length}"
+    return (
+        f"over max_length {rule.max_length}: {cut} tokens of the prompt, behind its first one, "
+        "are cut and not shown"
+    )

@@ -212,6 +212,24 @@ def test_show_prints_each_token_and_what_is_scored(check, tmp_path):
     assert not (tmp_path / "check").exists()
 
 
+def test_show_cuts_a_prompt_as_training_does(check, tmp_path):
+    row = {"prompt": "FIRST words are cut. " * 9 + "LAST?", "chosen": "yes", "rejected": "no"}
+    path = write(tmp_path / "pairs.jsonl", [row])
+    words = [path, "--model", MODEL, "--show", 1, "--max-length", 20]
+    _, out, _ = check(*words, "--overlong-rows", "cut_prompt")
+    from transformers import AutoTokenizer
+
+    from lite_orpo.data.rows import parse_row
+    from lite_orpo.data.tokenization import tokenize_pair
+
+    pair = tokenize_pair(parse_row(row), AutoTokenizer.from_pretrained(MODEL))
+    kept = 20 - max(len(pair.chosen), len(pair.rejected))
+    assert f"prompt: {kept} tokens" in out
+    assert f"{len(pair.prompt) - kept} tokens of the prompt, behind its first one, are cut" in out
+    _, out, _ = check(*words)
+    assert f"prompt: {len(pair.prompt)} tokens" in out and "the row is left out" in out
+
+
 def test_show_puts_a_character_of_several_tokens_behind_the_last(check, tmp_path):
     row = {"prompt": "How?", "chosen": "a 日 b", "rejected": "No."}
     _, out, _ = check(write(tmp_path / "pairs.jsonl", [row]), "--model", MODEL, "--show", 1)
