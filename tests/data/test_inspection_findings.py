@@ -248,6 +248,27 @@ def test_special_tokens_are_those_of_the_tokenizer(chatml_tokenizer):
     assert "<|im_start|>" in finding.title
 
 
+def test_an_eos_that_ends_an_answer_is_no_special_token_in_text(chatml_tokenizer):
+    eos = chatml_tokenizer.eos_token
+    rows = clean_rows()
+    ended = [{**r, "chosen": r["chosen"] + eos, "rejected": r["rejected"] + eos} for r in rows]
+    assert findings_of(ended, tokenizer=chatml_tokenizer) == {}
+    ended[4]["chosen"] = f"yes {eos} no{eos}"
+    finding = findings_of(ended, tokenizer=chatml_tokenizer)["special_tokens_in_text"]
+    assert finding.rows == 1 and finding.places == ("row 4",)
+
+
+def test_special_tokens_are_told_with_how_training_reads_them(chatml_tokenizer):
+    rows = clean_rows()
+    rows[1]["chosen"] += " <|im_start|> x"
+    rows[2]["prompt"] = f"<|im_start|>user {rows[2]['prompt']}"
+    finding = findings_of(rows, tokenizer=chatml_tokenizer)["special_tokens_in_text"]
+    report = prepare_pairs(source_of(rows), chatml_tokenizer, LengthRule(None, "drop")).report
+    for reading, count in report.special_text_rows.items():
+        assert f"{count} {reading}" in finding.title
+    assert len(report.special_text_rows) == 2 and finding.rows == 2
+
+
 def test_a_column_of_row_numbers_is_no_category():
     rows = [{**row, "source": f"row {i}"} for i, row in enumerate(clean_rows())]
     survey = survey_pairs(source_of(rows))

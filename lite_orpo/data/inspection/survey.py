@@ -11,7 +11,7 @@ from typing import NamedTuple
 from ...errors import DataError
 from ..preparation import LengthRule
 from ..sources import RowSource
-from ..special_text import SpecialTokens, Tokenizer
+from ..special_text import Tokenizer
 from .balance import Balance, Category
 from .duplicates import Duplicates
 from .finding import Collector, Finding, Severity
@@ -129,7 +129,7 @@ class _Collectors:
             self.longer,
             self.first,
             self.balance,
-            SpecialTokensInText(None if tokenizer is None else SpecialTokens(tokenizer).texts),
+            SpecialTokensInText(has_tokens),
             OddCharacters(),
         )
 
