@@ -160,6 +160,7 @@ class _Pass:
                 collector.add(seen)
         self._is_part = self._reader.is_part
         self._refuse_if_nothing_was_read()
+        self._collectors.balance.refuse_if_missing()
         if held_out is None:
             return self._survey(None, [])
         rule, on_bad_row = _rule_of(self._tokenizer, self._options), self._options.on_bad_row
