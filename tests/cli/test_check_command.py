@@ -96,6 +96,26 @@ def test_the_files_name_no_folder_of_the_machine(check, tmp_path):
         assert str(tmp_path) not in text and str(ROOT) not in text
 
 
+@pytest.mark.parametrize("name", ["shards", "{folder}/shards", "."])
+def test_the_files_name_no_folder_that_holds_shards(check, tmp_path, monkeypatch, name):
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for split in ("train", "test"):
+        for i in range(2):
+            write(folder / f"{split}-0000{i}-of-00002.jsonl", GOOD[:5])
+        with (folder / f"{split}-00001-of-00002.jsonl").open("a") as stream:
+            stream.write("{broken\n")
+    if name == ".":
+        monkeypatch.chdir(folder)
+    code, _, err = check(name.format(folder=tmp_path), "-o", tmp_path / "check")
+    assert code == 0, err
+    for file in ("check.html", "check.json"):
+        text = (tmp_path / "check" / file).read_text()
+        assert "shards [train]" in text and "shards [test]" in text
+        assert "train-00001-of-00002.jsonl line 6: not valid JSON" in text
+        assert str(tmp_path) not in text
+
+
 def test_strict_exits_1_for_serious_findings_only(check, tmp_path):
     good = write(tmp_path / "good.jsonl", GOOD)
     other = write(tmp_path / "other.jsonl", [{**row, "prompt": "new"} for row in GOOD])
