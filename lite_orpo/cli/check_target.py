@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from ..config.coercion import coerce
 from ..config.options import DataOptions, ModelOptions
-from ..config.yaml_file import Setting, read_settings
+from ..config.yaml_file import Setting, parse_value, read_settings
 from ..data.preparation import LengthRule
 from ..data.run_sources import Sources, open_run_sources
 from ..errors import ConfigError
@@ -48,6 +48,7 @@ def resolve_target(
     overlong_rows: str | None = None,
     split: str | None = None,
     eval_split: str | None = None,
+    column_mapping: str | None = None,
 ) -> CheckTarget:
     """Read a configuration if the name is one, and put the options over it.
 
@@ -59,6 +60,7 @@ def resolve_target(
         overlong_rows: see `held_out`.
         split: see `held_out`.
         eval_split: see `held_out`.
+        column_mapping: see `held_out`; as YAML text.
 
     Raises:
         ConfigError: the configuration cannot be read or names no data, or an option is out of
@@ -77,6 +79,8 @@ def resolve_target(
         "dataset_test_split": eval_split,
     }
     settings |= {key: Setting(v, where) for key, v in options.items() if v is not None}
+    if column_mapping is not None:
+        settings["column_mapping"] = Setting(parse_value(column_mapping), where)
     data = _group(DataOptions, settings)
     if data.dataset_name is None:
         raise ConfigError(f"{name}: dataset_name is not set; give a preference file or a hub name")

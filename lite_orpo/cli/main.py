@@ -115,6 +115,13 @@ def check(
     eval_split: str | None = typer.Option(
         None, "--eval-split", "--eval_split", help="the same of the held-out pairs"
     ),
+    column_mapping: str | None = typer.Option(
+        None,
+        "--column-mapping",
+        "--column_mapping",
+        metavar="YAML",
+        help="columns that have other names: '{prompt: question, chosen: good, rejected: bad}'",
+    ),
     strict: bool = typer.Option(False, "--strict", help="exit 1 if a finding is serious"),
 ) -> None:
     """Look at preference pairs before training: what the model will see, and what is wrong."""
@@ -128,6 +135,7 @@ def check(
         overlong_rows=overlong_rows,
         split=split,
         eval_split=eval_split,
+        column_mapping=column_mapping,
     )
     if show is not None:
         from .show_row import show_row

@@ -154,6 +154,9 @@ def test_a_row_that_cannot_be_read_is_named_with_line_and_column(check, tmp_path
         ([DEMO, "--overlong-rows", "keep"], "overlong_rows must be drop or cut_prompt"),
         ([DEMO, "--by", "topic"], "no column 'topic'"),
         ([DEMO, "--output", DEMO], "--output"),
+        ([DEMO, "--column-mapping", "{prompt: "], "cannot read the value"),
+        ([DEMO, "--column-mapping", "prompt"], "column_mapping must be a mapping or null"),
+        ([DEMO, "--column-mapping", "{question: prompt}"], "write prompt: question"),
         ([DEMO, "--model", "./nowhere"], "nowhere"),
     ],
 )
@@ -183,6 +186,19 @@ def test_a_configuration_names_data_model_and_lengths(tmp_path):
     config.write_text("seed: 3")
     with pytest.raises(ConfigError, match="dataset_name is not set"):
         resolve_target(str(config))
+
+
+def test_columns_are_mapped_on_the_command_line_as_in_a_configuration(check, tmp_path):
+    names = {"prompt": "q", "chosen": "good", "rejected": "bad"}
+    rows = [{names[key]: value for key, value in row.items()} for row in GOOD]
+    path = write(tmp_path / "pairs.jsonl", rows)
+    code, out, err = check(path, "--column-mapping", "{prompt: q, chosen: good, rejected: bad}")
+    assert code == 0 and "30 pairs" in out, err
+    config = tmp_path / "config.yaml"
+    config.write_text(f"dataset_name: {path}\ncolumn_mapping: {{prompt: x, chosen: good}}\n")
+    target = resolve_target(str(config), column_mapping="{prompt: null}")
+    assert target.data.column_mapping == {"prompt": None}
+    assert resolve_target(str(config), column_mapping="null").data.column_mapping is None
 
 
 def test_a_bad_row_is_serious_where_the_configuration_stops_at_it(check, tmp_path):
