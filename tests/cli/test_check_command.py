@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -317,6 +318,28 @@ def test_train_begins_with_three_lines_about_its_data(tmp_path):
     assert "serious: prompts in both" in first
     assert "2 duplicate pairs" in second and "held-out prompts also trained on" in second
     assert "chosen is longer in 100%" in third
+
+
+def test_nothing_is_said_of_held_out_pairs_for_which_there_was_no_time(tmp_path, monkeypatch):
+    from lite_orpo.cli import quick_check
+    from lite_orpo.data.sources import LocatedRow, RowSource
+
+    def slow():
+        yield from (LocatedRow(f"row {i}", row) for i, row in enumerate(GOOD))
+        time.sleep(0.3)
+
+    monkeypatch.setattr(quick_check, "MAX_SECONDS", 0.2)
+    console = Spoken()
+    held_out = RowSource("held-out", lambda: iter([LocatedRow("row 0", GOOD[0])]), 1)
+    print_quick_check(console, RowSource("rows", slow, None), held_out)
+    assert console.lines[0].split("Check ")[1].startswith("30 pairs: text")
+    assert "held-out" not in " ".join(console.lines)
+
+
+def test_few_prompts_are_said_to_be_too_few_for_the_rules(check, tmp_path):
+    words = "too few prompts to judge (fewer than 20 in a half)"
+    assert words in check(write(tmp_path / "few.jsonl", GOOD[:20]))[1]
+    assert words not in check(DEMO)[1]
 
 
 def test_the_look_at_the_data_never_stops_a_run(tmp_path, caplog):
