@@ -129,7 +129,7 @@ def _short(name: str) -> str:
 
 
 def _path_and_split(name: str) -> tuple[str, str]:
-    """Two parts: `pairs [train]` is `pairs` and ` [train]`; without a split, the second is empty."""
+    """Two parts: `pairs [train]` is `pairs` and ` [train]`; without a split, the second is ""."""
     found = _WITH_SPLIT.fullmatch(name)
     if found is None or Path(name).expanduser().exists():
         return name, ""
