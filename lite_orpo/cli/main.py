@@ -105,8 +105,12 @@ def check(
     by: str | None = typer.Option(
         None, "--by", help="column to count rows by; default: source or category, if there is one"
     ),
-    show: int | None = typer.Option(
-        None, "--show", metavar="N", help="show the tokens of line (or row) N, and nothing else"
+    show: str | None = typer.Option(
+        None,
+        "--show",
+        metavar="N",
+        help="show the tokens of line (or row) N, and nothing else; in a folder of files, of "
+        "a row such as 'train-00001-of-00002.parquet row 3'",
     ),
     output: Path = typer.Option(
         Path("check"), "--output", "-o", help="folder for check.html and check.json"

@@ -15,6 +15,8 @@ from .check_target import CheckTarget
 
 _STYLES = {"prompt": "cyan", "chosen": "green", "rejected": "red"}
 _BORDER, _PART = "│", "‥"
+_WORDS_IN_ONE_FILE = 2  # "line 3"; in a folder of files, the file's name stands before it
+_MOST_NAMED = 4
 _MOST_PARTS = 8  # a token of what is no character at all must not hide the rest
 
 
@@ -28,12 +30,13 @@ class ShownToken(NamedTuple):
     is_scored: bool
 
 
-def show_row(target: CheckTarget, number: int) -> None:
+def show_row(target: CheckTarget, wanted: str) -> None:
     """Print the tokens of one row.
 
     Args:
         target: the data and the model.
-        number: of the line, entry or row, as findings and errors count them.
+        wanted: number of the line, entry or row as findings and errors count them, or the whole
+            place as they write it.
 
     Raises:
         ConfigError: there is no model to take the tokenizer from.
@@ -45,7 +48,7 @@ def show_row(target: CheckTarget, number: int) -> None:
 
     console = Console()
     source, _ = target.open()
-    located = find_row(source, number)
+    located = find_row(source, wanted)
     tokenizer, rule = load_check_tokenizer(target.model, target.rule, console)
     try:
         pair = tokenize_pair(parse_row(located.row), tokenizer)
@@ -67,18 +70,39 @@ def show_row(target: CheckTarget, number: int) -> None:
     console.print(Text(f"{length} tokens with the longer answer; {outcome}", style="bold"))
 
 
-def find_row(source: RowSource, number: int) -> LocatedRow:
-    """The row whose place ends in that number ("line 3", "entry 3", "row 3").
+def find_row(source: RowSource, wanted: str) -> LocatedRow:
+    """The one row whose place ends in these words.
+
+    Args:
+        source: the pairs.
+        wanted: "3" for "line 3", "entry 3" or "row 3"; where files of a folder each have one, the
+            whole place, such as "train-00001-of-00002.parquet row 3".
 
     Raises:
-        DataError: there is none.
+        DataError: there is none, or there are several.
     """
-    last = "none"
+    words = wanted.split()
+    found: list[LocatedRow] = []
+    last, count = "none", 0
     for located in source.read():
-        if located.place.split()[-1] == str(number):
-            return located
+        place = located.place.split()
         last = located.place
-    raise DataError(f"{source.name}: there is no row {number}; the last one is {last}")
+        if not words or place[-len(words) :] != words:
+            continue
+        count += 1
+        if len(found) < _MOST_NAMED:
+            found.append(located)
+        if len(place) == _WORDS_IN_ONE_FILE or len(place) == len(words):
+            break  # no other row has that place
+    if not found:
+        raise DataError(f"{source.name}: there is no row {wanted}; the last one is {last}")
+    if count == 1:
+        return found[0]
+    places = ", ".join(located.place for located in found) + (", ..." if count > len(found) else "")
+    raise DataError(
+        f"{source.name}: {count} files have a row {wanted}: {places}; say which: "
+        f'--show "{found[0].place}"'
+    )
 
 
 def shown_tokens(

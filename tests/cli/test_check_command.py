@@ -4,14 +4,12 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from lite_orpo.cli.check_target import DEFAULT_MAX_LENGTH, resolve_target
 from lite_orpo.cli.main import run
-from lite_orpo.cli.quick_check import print_quick_check
 from lite_orpo.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -267,6 +265,23 @@ def test_show_cuts_a_prompt_as_training_does(check, tmp_path):
     assert f"prompt: {len(pair.prompt)} tokens" in out and "the row is left out" in out
 
 
+def test_show_says_which_files_have_the_row_and_takes_the_files_name(check, tmp_path):
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for i in range(2):
+        write(folder / f"train-0000{i}-of-00002.jsonl", GOOD[10 * i : 10 * (i + 1 + i)])
+    code, _, err = check(folder, "--model", MODEL, "--show", 2)
+    assert code == 2 and err.count("\n") == 1
+    assert "2 files have a row 2: train-00000-of-00002.jsonl line 2, train-00001" in err
+    place = "train-00001-of-00002.jsonl line 2"
+    code, out, err = check(folder, "--model", MODEL, "--show", place)
+    assert code == 0 and place in out and "11" in out.replace("│", ""), err
+    code, out, _ = check(folder, "--model", MODEL, "--show", 15)
+    assert code == 0 and "train-00001-of-00002.jsonl line 15" in out, "one file only has it"
+    code, _, err = check(folder, "--model", MODEL, "--show", "train-00002-of-00002.jsonl line 2")
+    assert code == 2 and "there is no row train-00002" in err
+
+
 def test_show_puts_a_character_of_several_tokens_behind_the_last(check, tmp_path):
     row = {"prompt": "How?", "chosen": "a 日 b", "rejected": "No."}
     _, out, _ = check(write(tmp_path / "pairs.jsonl", [row]), "--model", MODEL, "--show", 1)
@@ -293,78 +308,7 @@ def test_help_and_a_check_without_a_model_load_no_torch():
     assert done.returncode == 0, done.stderr
 
 
-class Spoken:
-    """A console that keeps what is printed."""
-
-    quiet = False
-
-    def __init__(self):
-        self.lines = []
-
-    def print(self, text, **_):
-        self.lines.append(str(text))
-
-
-def test_train_begins_with_three_lines_about_its_data(tmp_path):
-    from lite_orpo.data.sources import open_source
-
-    rows = [*GOOD, *GOOD[:2], {"prompt": "a", "chosen": None, "rejected": "b"}]
-    pairs = open_source(str(write(tmp_path / "pairs.jsonl", rows)), split="train")
-    console = Spoken()
-    print_quick_check(console, pairs, pairs)
-    assert len(console.lines) == 3
-    first, second, third = console.lines
-    assert "32 pairs, 1 row cannot be trained on: text" in first
-    assert "serious: prompts in both" in first
-    assert "2 duplicate pairs" in second and "held-out prompts also trained on" in second
-    assert "chosen is longer in 100%" in third
-
-
-def test_nothing_is_said_of_held_out_pairs_for_which_there_was_no_time(tmp_path, monkeypatch):
-    from lite_orpo.cli import quick_check
-    from lite_orpo.data.sources import LocatedRow, RowSource
-
-    def slow():
-        yield from (LocatedRow(f"row {i}", row) for i, row in enumerate(GOOD))
-        time.sleep(0.3)
-
-    monkeypatch.setattr(quick_check, "MAX_SECONDS", 0.2)
-    console = Spoken()
-    held_out = RowSource("held-out", lambda: iter([LocatedRow("row 0", GOOD[0])]), 1)
-    print_quick_check(console, RowSource("rows", slow, None), held_out)
-    assert console.lines[0].split("Check ")[1].startswith("30 pairs: text")
-    assert "held-out" not in " ".join(console.lines)
-
-
 def test_few_prompts_are_said_to_be_too_few_for_the_rules(check, tmp_path):
     words = "too few prompts to judge (fewer than 20 in a half)"
     assert words in check(write(tmp_path / "few.jsonl", GOOD[:20]))[1]
     assert words not in check(DEMO)[1]
-
-
-def test_the_look_at_the_data_never_stops_a_run(tmp_path, caplog):
-    from lite_orpo.data.sources import LocatedRow, RowSource
-
-    def explode():
-        yield LocatedRow("row 0", GOOD[0])
-        raise ZeroDivisionError("a bug of somebody's")
-
-    console = Spoken()
-    print_quick_check(console, RowSource("rows", explode, None), None)
-    assert console.lines == [] and "was not checked: ZeroDivisionError" in caplog.text
-    print_quick_check(console, RowSource("rows", lambda: iter([]), 0), None)
-    assert console.lines == []
-
-
-def test_train_prints_the_lines_before_it_loads_the_model(monkeypatch, tmp_path, capsys):
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(
-        sys,
-        "argv",
-        ["lite-orpo", "train", "examples/demo.yaml", f"output_dir={tmp_path / 'out'}"]
-        + ["model_name_or_path=./no_such_model"],
-    )
-    with pytest.raises(SystemExit):
-        run()
-    captured = capsys.readouterr()
-    assert captured.out.count("Check ") == 3 and "no_such_model" in captured.err
