@@ -1,6 +1,7 @@
 """`lite-orpo check`: survey the pairs, print a table, write check.html and check.json."""
 
 import dataclasses
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from .check_output import print_survey
 from .check_target import CheckTarget
 
 PAGE_FILE, JSON_FILE = "check.html", "check.json"
+_WITH_SPLIT = re.compile(r"(.+)( \[[^\[\]]*\])", re.DOTALL)
 _COUNTED_ENDINGS = (".jsonl", ".ndjson")
 
 
@@ -47,7 +49,7 @@ def run_check(target: CheckTarget, *, by: str | None, output: Path) -> bool:
             source,
             held_out=held_out,
             tokenizer=tokenizer,
-            options=SurveyOptions(rule, balance_column=by),
+            options=SurveyOptions(rule, target.on_bad_row, balance_column=by),
             progress=progress,
         )
     named = without_folders(survey)
@@ -97,20 +99,21 @@ def load_check_tokenizer(
 
 def without_folders(survey: Survey) -> Survey:
     """The survey with the last part of local paths only: the files are made to be shared."""
-    names = {survey.source: _short(survey.source)}
     held_out = survey.held_out
+    names = [survey.source] + ([] if held_out is None else [held_out.source])
     if held_out is not None:
-        names[held_out.source] = _short(held_out.source)
-        held_out = held_out._replace(source=names[held_out.source])
+        held_out = held_out._replace(source=_short(held_out.source))
 
     def public(text: str) -> str:
-        for name, short in names.items():
-            text = text.replace(name, short)
+        for name in sorted(names, key=len, reverse=True):
+            path, _ = _path_and_split(name)
+            for part in (name, path) if len(Path(path).parts) > 1 else ():
+                text = text.replace(part, _short(part))
         return text
 
     return dataclasses.replace(
         survey,
-        source=names[survey.source],
+        source=_short(survey.source),
         held_out=held_out,
         stopped=None if survey.stopped is None else public(survey.stopped),
         findings=tuple(f._replace(title=public(f.title)) for f in survey.findings),
@@ -118,7 +121,19 @@ def without_folders(survey: Survey) -> Survey:
 
 
 def _short(name: str) -> str:
-    return Path(name).name if Path(name).expanduser().exists() else name
+    """The last part of a local path, with the split behind it that a folder's name has."""
+    path, split = _path_and_split(name)
+    if not Path(path).expanduser().exists():
+        return name
+    return (Path(path).name or Path(path).resolve().name) + split
+
+
+def _path_and_split(name: str) -> tuple[str, str]:
+    """Two parts: `pairs [train]` is `pairs` and ` [train]`; without a split, the second is ""."""
+    found = _WITH_SPLIT.fullmatch(name)
+    if found is None or Path(name).expanduser().exists():
+        return name, ""
+    return found[1], found[2]
 
 
 def _make_folder(output: Path) -> None:

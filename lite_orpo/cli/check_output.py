@@ -5,7 +5,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..data.inspection.finding import Finding, Severity
-from ..data.inspection.shortcuts import RuleAccuracy
+from ..data.inspection.shortcuts import LEAST_PROMPTS, RuleAccuracy
 from ..data.inspection.survey import Survey
 from ..report.visible_text import make_visible
 
@@ -87,6 +87,11 @@ def shortcuts_in_words(survey: Survey) -> str:
     if survey.first_token_rule is not None:
         first = "token" if survey.unit == "tokens" else "word"
         text += f", the first {first} {_in_words(survey.first_token_rule)}"
+    if survey.length_rule is None and survey.first_token_rule is None:
+        text += (
+            "; length and first words: too few prompts to judge "
+            f"(fewer than {LEAST_PROMPTS} in a half)"
+        )
     return text
 
 

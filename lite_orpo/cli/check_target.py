@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 
 from ..config.coercion import coerce
 from ..config.options import DataOptions, ModelOptions
-from ..config.yaml_file import Setting, read_settings
+from ..config.yaml_file import Setting, parse_value, read_settings
 from ..data.preparation import LengthRule
 from ..data.run_sources import Sources, open_run_sources
 from ..errors import ConfigError
 
 DEFAULT_MAX_LENGTH = 1024  # ORPOConfig's, which takes seconds to import; a test compares them
 _RULES = ("drop", "cut_prompt")
+_BAD_ROW = ("drop", "error")
 
 
 class CheckTarget(NamedTuple):
@@ -27,6 +28,7 @@ class CheckTarget(NamedTuple):
     model: ModelOptions
     rule: LengthRule
     nll_tokens: str
+    on_bad_row: str
 
     def open(self) -> Sources:
         """The pairs, and the held-out pairs where there are some, as `train` opens them.
@@ -46,6 +48,7 @@ def resolve_target(
     overlong_rows: str | None = None,
     split: str | None = None,
     eval_split: str | None = None,
+    column_mapping: str | None = None,
 ) -> CheckTarget:
     """Read a configuration if the name is one, and put the options over it.
 
@@ -57,6 +60,7 @@ def resolve_target(
         overlong_rows: see `held_out`.
         split: see `held_out`.
         eval_split: see `held_out`.
+        column_mapping: see `held_out`; as YAML text.
 
     Raises:
         ConfigError: the configuration cannot be read or names no data, or an option is out of
@@ -75,6 +79,8 @@ def resolve_target(
         "dataset_test_split": eval_split,
     }
     settings |= {key: Setting(v, where) for key, v in options.items() if v is not None}
+    if column_mapping is not None:
+        settings["column_mapping"] = Setting(parse_value(column_mapping), where)
     data = _group(DataOptions, settings)
     if data.dataset_name is None:
         raise ConfigError(f"{name}: dataset_name is not set; give a preference file or a hub name")
@@ -89,7 +95,10 @@ def resolve_target(
             f"overlong_rows must be {' or '.join(_RULES)}, found {rule.overlong_rows!r}"
         )
     nll_tokens = _get(settings, "nll_tokens", str, "prompt_and_completion")
-    return CheckTarget(data, _group(ModelOptions, settings), rule, nll_tokens)
+    on_bad_row = _get(settings, "on_bad_row", str, "drop")
+    if on_bad_row not in _BAD_ROW:
+        raise ConfigError(f"on_bad_row must be {' or '.join(_BAD_ROW)}, found {on_bad_row!r}")
+    return CheckTarget(data, _group(ModelOptions, settings), rule, nll_tokens, on_bad_row)
 
 
 def _group(group: Any, settings: dict[str, Setting]) -> Any:

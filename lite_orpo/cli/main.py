@@ -106,8 +106,12 @@ def check(
     by: str | None = typer.Option(
         None, "--by", help="column to count rows by; default: source or category, if there is one"
     ),
-    show: int | None = typer.Option(
-        None, "--show", metavar="N", help="show the tokens of line (or row) N, and nothing else"
+    show: str | None = typer.Option(
+        None,
+        "--show",
+        metavar="N",
+        help="show the tokens of line (or row) N, and nothing else; in a folder of files, of "
+        "a row such as 'train-00001-of-00002.parquet row 3'",
     ),
     output: Path = typer.Option(
         Path("check"), "--output", "-o", help="folder for check.html and check.json"
@@ -115,6 +119,13 @@ def check(
     split: str | None = typer.Option(None, "--split", help="split of a folder or hub data set"),
     eval_split: str | None = typer.Option(
         None, "--eval-split", "--eval_split", help="the same of the held-out pairs"
+    ),
+    column_mapping: str | None = typer.Option(
+        None,
+        "--column-mapping",
+        "--column_mapping",
+        metavar="YAML",
+        help="columns that have other names: '{prompt: question, chosen: good, rejected: bad}'",
     ),
     strict: bool = typer.Option(False, "--strict", help="exit 1 if a finding is serious"),
 ) -> None:
@@ -129,6 +140,7 @@ def check(
         overlong_rows=overlong_rows,
         split=split,
         eval_split=eval_split,
+        column_mapping=column_mapping,
     )
     if show is not None:
         from .show_row import show_row

@@ -5,8 +5,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.text import Text
 
-from ..data.inspection.overlong import fate
-from ..data.inspection.seen_row import Sizes
+from ..data.preparation import LengthRule, fit
 from ..data.rows import parse_row
 from ..data.sources import LocatedRow, RowSource
 from ..data.tokenization import TokenizedPair, tokenize_pair
@@ -16,6 +15,8 @@ from .check_target import CheckTarget
 
 _STYLES = {"prompt": "cyan", "chosen": "green", "rejected": "red"}
 _BORDER, _PART = "│", "‥"
+_WORDS_IN_ONE_FILE = 2  # "line 3"; in a folder of files, the file's name stands before it
+_MOST_NAMED = 4
 _MOST_PARTS = 8  # a token of what is no character at all must not hide the rest
 
 
@@ -29,12 +30,13 @@ class ShownToken(NamedTuple):
     is_scored: bool
 
 
-def show_row(target: CheckTarget, number: int) -> None:
+def show_row(target: CheckTarget, wanted: str) -> None:
     """Print the tokens of one row.
 
     Args:
         target: the data and the model.
-        number: of the line, entry or row, as findings and errors count them.
+        wanted: number of the line, entry or row as findings and errors count them, or the whole
+            place as they write it.
 
     Raises:
         ConfigError: there is no model to take the tokenizer from.
@@ -46,37 +48,61 @@ def show_row(target: CheckTarget, number: int) -> None:
 
     console = Console()
     source, _ = target.open()
-    located = find_row(source, number)
+    located = find_row(source, wanted)
     tokenizer, rule = load_check_tokenizer(target.model, target.rule, console)
     try:
         pair = tokenize_pair(parse_row(located.row), tokenizer)
     except RowProblem as problem:
         raise DataError(f"{source.name} {located.place}: {problem}") from None
+    whole = pair
+    try:
+        pair = fit(whole, rule)
+        outcome = _outcome_in_words(whole, pair, rule)
+    except RowProblem:
+        outcome = f"over max_length {rule.max_length}: the row is left out"
     console.print(Text(f"{make_visible(source.name)}, {located.place}", style="bold"))
     _print_legend(console, target.nll_tokens)
     for part in TokenizedPair._fields:
         tokens = shown_tokens(pair, part, tokenizer, target.nll_tokens)
         console.print(_heading(part, tokens))
         console.print(_as_text(tokens), soft_wrap=not console.is_terminal)
-    sizes = Sizes(len(pair.prompt), len(pair.chosen), len(pair.rejected))
-    length = sizes.prompt + max(sizes.chosen, sizes.rejected)
-    console.print(
-        Text(f"{length} tokens with the longer answer; {_fate_in_words(sizes, rule)}", style="bold")
-    )
+    length = len(whole.prompt) + max(len(whole.chosen), len(whole.rejected))
+    console.print(Text(f"{length} tokens with the longer answer; {outcome}", style="bold"))
 
 
-def find_row(source: RowSource, number: int) -> LocatedRow:
-    """The row whose place ends in that number ("line 3", "entry 3", "row 3").
+def find_row(source: RowSource, wanted: str) -> LocatedRow:
+    """The one row whose place ends in these words.
+
+    Args:
+        source: the pairs.
+        wanted: "3" for "line 3", "entry 3" or "row 3"; where files of a folder each have one, the
+            whole place, such as "train-00001-of-00002.parquet row 3".
 
     Raises:
-        DataError: there is none.
+        DataError: there is none, or there are several.
     """
-    last = "none"
+    words = wanted.split()
+    found: list[LocatedRow] = []
+    last, count = "none", 0
     for located in source.read():
-        if located.place.split()[-1] == str(number):
-            return located
+        place = located.place.split()
         last = located.place
-    raise DataError(f"{source.name}: there is no row {number}; the last one is {last}")
+        if not words or place[-len(words) :] != words:
+            continue
+        count += 1
+        if len(found) < _MOST_NAMED:
+            found.append(located)
+        if len(place) == _WORDS_IN_ONE_FILE or len(place) == len(words):
+            break  # no other row has that place
+    if not found:
+        raise DataError(f"{source.name}: there is no row {wanted}; the last one is {last}")
+    if count == 1:
+        return found[0]
+    places = ", ".join(located.place for located in found) + (", ..." if count > len(found) else "")
+    raise DataError(
+        f"{source.name}: {count} files have a row {wanted}: {places}; say which: "
+        f'--show "{found[0].place}"'
+    )
 
 
 def shown_tokens(
@@ -162,11 +188,14 @@ def _print_legend(console: Console, nll_tokens: str) -> None:
     )
 
 
-def _fate_in_words(sizes: Sizes, rule: Any) -> str:
-    met = fate(sizes, rule.max_length)
-    if met == "whole":
-        limit = "there is no max_length" if rule.max_length is None else f"of {rule.max_length}"
-        return f"within max_length {limit}" if rule.max_length is not None else limit
-    if met == "dropped" or rule.overlong_rows == "drop":
-        return f"over max_length {rule.max_length}: the row is left out"
-    return f"over max_length {rule.max_length}: the prompt is cut at its beginning"
+def _outcome_in_words(whole: TokenizedPair, fitted: TokenizedPair, rule: LengthRule) -> str:
+    """What becomes of a row that is not left out."""
+    if rule.max_length is None:
+        return "there is no max_length"
+    cut = len(whole.prompt) - len(fitted.prompt)
+    if not cut:
+        return f"within max_length of {rule.max_length}"
+    return (
+        f"over max_length {rule.max_length}: {cut} tokens of the prompt, behind its first one, "
+        "are cut and not shown"
+    )

@@ -102,7 +102,7 @@ def _records(
             try:
                 if isinstance(outcome, RowProblem):
                     raise outcome
-                fitted = _fit(outcome.pair, rule)
+                fitted = fit(outcome.pair, rule)
             except RowProblem as problem:
                 if on_bad_row == "error":
                     raise DataError(f"{source.name} {item.place}: {problem}") from None
@@ -124,7 +124,7 @@ def _records(
             }
 
 
-def _fit(pair: TokenizedPair, rule: LengthRule) -> TokenizedPair:
+def fit(pair: TokenizedPair, rule: LengthRule) -> TokenizedPair:
     """Apply the rule for over-long rows. Completions are never cut: each keeps its EOS."""
     longest = max(len(pair.chosen), len(pair.rejected))
     if rule.max_length is None or len(pair.prompt) + longest <= rule.max_length:

@@ -8,6 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from ..data.inspection.shortcuts import LEAST_PROMPTS
 from ..data.inspection.survey import Survey
 from .charts_svg import histogram_svg, share_svg
 from .visible_text import make_visible
@@ -51,6 +52,7 @@ def page_of(survey: Survey, model: str | None) -> str:
         lengths=_length_charts(survey),
         rules=_rules(survey),
         counts=_counts(survey),
+        least_prompts=LEAST_PROMPTS,
     )
 
 

@@ -10,7 +10,6 @@ import pytest
 
 from lite_orpo.cli.check_target import DEFAULT_MAX_LENGTH, resolve_target
 from lite_orpo.cli.main import run
-from lite_orpo.cli.quick_check import print_quick_check
 from lite_orpo.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -96,6 +95,26 @@ def test_the_files_name_no_folder_of_the_machine(check, tmp_path):
         assert str(tmp_path) not in text and str(ROOT) not in text
 
 
+@pytest.mark.parametrize("name", ["shards", "{folder}/shards", "."])
+def test_the_files_name_no_folder_that_holds_shards(check, tmp_path, monkeypatch, name):
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for split in ("train", "test"):
+        for i in range(2):
+            write(folder / f"{split}-0000{i}-of-00002.jsonl", GOOD[:5])
+        with (folder / f"{split}-00001-of-00002.jsonl").open("a") as stream:
+            stream.write("{broken\n")
+    if name == ".":
+        monkeypatch.chdir(folder)
+    code, _, err = check(name.format(folder=tmp_path), "-o", tmp_path / "check")
+    assert code == 0, err
+    for file in ("check.html", "check.json"):
+        text = (tmp_path / "check" / file).read_text()
+        assert "shards [train]" in text and "shards [test]" in text
+        assert "train-00001-of-00002.jsonl line 6: not valid JSON" in text
+        assert str(tmp_path) not in text
+
+
 def test_strict_exits_1_for_serious_findings_only(check, tmp_path):
     good = write(tmp_path / "good.jsonl", GOOD)
     other = write(tmp_path / "other.jsonl", [{**row, "prompt": "new"} for row in GOOD])
@@ -134,6 +153,9 @@ def test_a_row_that_cannot_be_read_is_named_with_line_and_column(check, tmp_path
         ([DEMO, "--overlong-rows", "keep"], "overlong_rows must be drop or cut_prompt"),
         ([DEMO, "--by", "topic"], "no column 'topic'"),
         ([DEMO, "--output", DEMO], "--output"),
+        ([DEMO, "--column-mapping", "{prompt: "], "cannot read the value"),
+        ([DEMO, "--column-mapping", "prompt"], "column_mapping must be a mapping or null"),
+        ([DEMO, "--column-mapping", "{question: prompt}"], "write prompt: question"),
         ([DEMO, "--model", "./nowhere"], "nowhere"),
     ],
 )
@@ -146,19 +168,44 @@ def test_a_configuration_names_data_model_and_lengths(tmp_path):
     config = tmp_path / "config.yaml"
     config.write_text(
         "dataset_name: a.jsonl\neval_dataset_name: b.jsonl\nmodel_name_or_path: m\n"
-        "max_length: 77\noverlong_rows: cut_prompt\nbf16: true\nlearning_rate: 1e-4\n"
+        "max_length: 77\noverlong_rows: cut_prompt\non_bad_row: error\n"
+        "bf16: true\nlearning_rate: 1e-4\n"
     )
     target = resolve_target(str(config))
     assert (target.data.dataset_name, target.data.eval_dataset_name) == ("a.jsonl", "b.jsonl")
     assert target.model.model_name_or_path == "m"
-    assert target.rule == (77, "cut_prompt")
+    assert target.rule == (77, "cut_prompt") and target.on_bad_row == "error"
     assert resolve_target(str(config), max_length=9, model="n").rule.max_length == 9
     config.write_text("max_length: long\ndataset_name: a")
     with pytest.raises(ConfigError, match="config.yaml line 1: max_length must be"):
         resolve_target(str(config))
+    config.write_text("on_bad_row: keep\ndataset_name: a")
+    with pytest.raises(ConfigError, match="on_bad_row must be drop or error"):
+        resolve_target(str(config))
     config.write_text("seed: 3")
     with pytest.raises(ConfigError, match="dataset_name is not set"):
         resolve_target(str(config))
+
+
+def test_columns_are_mapped_on_the_command_line_as_in_a_configuration(check, tmp_path):
+    names = {"prompt": "q", "chosen": "good", "rejected": "bad"}
+    rows = [{names[key]: value for key, value in row.items()} for row in GOOD]
+    path = write(tmp_path / "pairs.jsonl", rows)
+    code, out, err = check(path, "--column-mapping", "{prompt: q, chosen: good, rejected: bad}")
+    assert code == 0 and "30 pairs" in out, err
+    config = tmp_path / "config.yaml"
+    config.write_text(f"dataset_name: {path}\ncolumn_mapping: {{prompt: x, chosen: good}}\n")
+    target = resolve_target(str(config), column_mapping="{prompt: null}")
+    assert target.data.column_mapping == {"prompt": None}
+    assert resolve_target(str(config), column_mapping="null").data.column_mapping is None
+
+
+def test_a_bad_row_is_serious_where_the_configuration_stops_at_it(check, tmp_path):
+    write(tmp_path / "pairs.jsonl", [*GOOD, {"prompt": "a", "chosen": None, "rejected": "b"}])
+    config = tmp_path / "config.yaml"
+    for on_bad_row, code in (("drop", 0), ("error", 1)):
+        config.write_text(f"dataset_name: pairs.jsonl\non_bad_row: {on_bad_row}\n")
+        assert check(config, "--strict")[0] == code
 
 
 def test_the_default_length_is_the_trainers():
@@ -200,6 +247,41 @@ def test_show_prints_each_token_and_what_is_scored(check, tmp_path):
     assert not (tmp_path / "check").exists()
 
 
+def test_show_cuts_a_prompt_as_training_does(check, tmp_path):
+    row = {"prompt": "FIRST words are cut. " * 9 + "LAST?", "chosen": "yes", "rejected": "no"}
+    path = write(tmp_path / "pairs.jsonl", [row])
+    words = [path, "--model", MODEL, "--show", 1, "--max-length", 20]
+    _, out, _ = check(*words, "--overlong-rows", "cut_prompt")
+    from transformers import AutoTokenizer
+
+    from lite_orpo.data.rows import parse_row
+    from lite_orpo.data.tokenization import tokenize_pair
+
+    pair = tokenize_pair(parse_row(row), AutoTokenizer.from_pretrained(MODEL))
+    kept = 20 - max(len(pair.chosen), len(pair.rejected))
+    assert f"prompt: {kept} tokens" in out
+    assert f"{len(pair.prompt) - kept} tokens of the prompt, behind its first one, are cut" in out
+    _, out, _ = check(*words)
+    assert f"prompt: {len(pair.prompt)} tokens" in out and "the row is left out" in out
+
+
+def test_show_says_which_files_have_the_row_and_takes_the_files_name(check, tmp_path):
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for i in range(2):
+        write(folder / f"train-0000{i}-of-00002.jsonl", GOOD[10 * i : 10 * (i + 1 + i)])
+    code, _, err = check(folder, "--model", MODEL, "--show", 2)
+    assert code == 2 and err.count("\n") == 1
+    assert "2 files have a row 2: train-00000-of-00002.jsonl line 2, train-00001" in err
+    place = "train-00001-of-00002.jsonl line 2"
+    code, out, err = check(folder, "--model", MODEL, "--show", place)
+    assert code == 0 and place in out and "11" in out.replace("│", ""), err
+    code, out, _ = check(folder, "--model", MODEL, "--show", 15)
+    assert code == 0 and "train-00001-of-00002.jsonl line 15" in out, "one file only has it"
+    code, _, err = check(folder, "--model", MODEL, "--show", "train-00002-of-00002.jsonl line 2")
+    assert code == 2 and "there is no row train-00002" in err
+
+
 def test_show_puts_a_character_of_several_tokens_behind_the_last(check, tmp_path):
     row = {"prompt": "How?", "chosen": "a 日 b", "rejected": "No."}
     _, out, _ = check(write(tmp_path / "pairs.jsonl", [row]), "--model", MODEL, "--show", 1)
@@ -226,56 +308,7 @@ def test_help_and_a_check_without_a_model_load_no_torch():
     assert done.returncode == 0, done.stderr
 
 
-class Spoken:
-    """A console that keeps what is printed."""
-
-    quiet = False
-
-    def __init__(self):
-        self.lines = []
-
-    def print(self, text, **_):
-        self.lines.append(str(text))
-
-
-def test_train_begins_with_three_lines_about_its_data(tmp_path):
-    from lite_orpo.data.sources import open_source
-
-    rows = [*GOOD, *GOOD[:2], {"prompt": "a", "chosen": None, "rejected": "b"}]
-    pairs = open_source(str(write(tmp_path / "pairs.jsonl", rows)), split="train")
-    console = Spoken()
-    print_quick_check(console, pairs, pairs)
-    assert len(console.lines) == 3
-    first, second, third = console.lines
-    assert "32 pairs, 1 row cannot be trained on: text" in first
-    assert "serious: prompts in both" in first
-    assert "2 duplicate pairs" in second and "held-out prompts also trained on" in second
-    assert "chosen is longer in 100%" in third
-
-
-def test_the_look_at_the_data_never_stops_a_run(tmp_path, caplog):
-    from lite_orpo.data.sources import LocatedRow, RowSource
-
-    def explode():
-        yield LocatedRow("row 0", GOOD[0])
-        raise ZeroDivisionError("a bug of somebody's")
-
-    console = Spoken()
-    print_quick_check(console, RowSource("rows", explode, None), None)
-    assert console.lines == [] and "was not checked: ZeroDivisionError" in caplog.text
-    print_quick_check(console, RowSource("rows", lambda: iter([]), 0), None)
-    assert console.lines == []
-
-
-def test_train_prints_the_lines_before_it_loads_the_model(monkeypatch, tmp_path, capsys):
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(
-        sys,
-        "argv",
-        ["lite-orpo", "train", "examples/demo.yaml", f"output_dir={tmp_path / 'out'}"]
-        + ["model_name_or_path=./no_such_model"],
-    )
-    with pytest.raises(SystemExit):
-        run()
-    captured = capsys.readouterr()
-    assert captured.out.count("Check ") == 3 and "no_such_model" in captured.err
+def test_few_prompts_are_said_to_be_too_few_for_the_rules(check, tmp_path):
+    words = "too few prompts to judge (fewer than 20 in a half)"
+    assert words in check(write(tmp_path / "few.jsonl", GOOD[:20]))[1]
+    assert words not in check(DEMO)[1]

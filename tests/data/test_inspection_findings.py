@@ -5,7 +5,8 @@ from pairs_with_findings import clean_rows, source_of, swapped
 
 from lite_orpo.data.inspection.finding import Severity
 from lite_orpo.data.inspection.survey import SurveyOptions, survey_pairs
-from lite_orpo.data.preparation import LengthRule
+from lite_orpo.data.preparation import LengthRule, prepare_pairs
+from lite_orpo.errors import DataError
 
 
 def messages(row):
@@ -176,6 +177,42 @@ def test_held_out_rows_that_cannot_be_read_are_found():
     assert found["held_out_unreadable_rows"].places == ("row 50",)
 
 
+def test_held_out_rows_that_training_refuses_are_a_serious_finding(tokenizer):
+    long = [{**row, "prompt": row["prompt"] * 40} for row in clean_rows(30, seed=1)]
+    for rule, is_refused in (("drop", True), ("cut_prompt", False)):
+        options = SurveyOptions(LengthRule(200, rule))
+        arguments = {"tokenizer": tokenizer, "options": options}
+        survey = survey_pairs(source_of(clean_rows()), held_out=source_of(long), **arguments)
+        found = {f.id: f for f in survey.findings}
+        assert found["held_out_overlong"].rows == 30
+        assert ("held_out_training_refused" in found) == survey.is_serious == is_refused
+        assert survey.held_out.overlong == (30 if is_refused else 0)
+        if is_refused:
+            with pytest.raises(DataError, match="none of 30 rows"):
+                prepare_pairs(source_of(long), tokenizer, options.rule)
+
+
+def test_held_out_pairs_of_an_empty_file_are_a_serious_finding():
+    survey = survey_pairs(source_of(clean_rows()), held_out=source_of([]))
+    assert [f.id for f in survey.findings] == ["held_out_empty"] and survey.is_serious
+
+
+def test_each_bad_row_is_serious_where_training_stops_at_the_first(tokenizer):
+    rows = clean_rows()
+    rows[3]["prompt"] *= 40
+    rows[5]["chosen"] = None
+    for on_bad_row, severity in (("drop", Severity.WARNING), ("error", Severity.SERIOUS)):
+        options = SurveyOptions(LengthRule(200, "drop"), on_bad_row)
+        found = findings_of(rows, held_out=source_of(rows), tokenizer=tokenizer, options=options)
+        for name in ("overlong", "unreadable_rows"):
+            for finding in (found[name], found[f"held_out_{name}"]):
+                assert finding.severity is severity
+                assert ("Training stops at the first" in finding.harm) == (on_bad_row == "error")
+    options = SurveyOptions(LengthRule(200, "cut_prompt"), "error")
+    found = findings_of(rows, tokenizer=tokenizer, options=options)
+    assert found["overlong"].severity is Severity.WARNING, "nothing is left out"
+
+
 def test_rows_over_max_length_are_found(tokenizer):
     rows = clean_rows()
     for row in rows[:3]:
@@ -209,6 +246,27 @@ def test_special_tokens_are_those_of_the_tokenizer(chatml_tokenizer):
     own = rows[:-1] + [{**rows[-1], "chosen": "a <|im_start|> b"}]
     finding = findings_of(own, tokenizer=chatml_tokenizer)["special_tokens_in_text"]
     assert "<|im_start|>" in finding.title
+
+
+def test_an_eos_that_ends_an_answer_is_no_special_token_in_text(chatml_tokenizer):
+    eos = chatml_tokenizer.eos_token
+    rows = clean_rows()
+    ended = [{**r, "chosen": r["chosen"] + eos, "rejected": r["rejected"] + eos} for r in rows]
+    assert findings_of(ended, tokenizer=chatml_tokenizer) == {}
+    ended[4]["chosen"] = f"yes {eos} no{eos}"
+    finding = findings_of(ended, tokenizer=chatml_tokenizer)["special_tokens_in_text"]
+    assert finding.rows == 1 and finding.places == ("row 4",)
+
+
+def test_special_tokens_are_told_with_how_training_reads_them(chatml_tokenizer):
+    rows = clean_rows()
+    rows[1]["chosen"] += " <|im_start|> x"
+    rows[2]["prompt"] = f"<|im_start|>user {rows[2]['prompt']}"
+    finding = findings_of(rows, tokenizer=chatml_tokenizer)["special_tokens_in_text"]
+    report = prepare_pairs(source_of(rows), chatml_tokenizer, LengthRule(None, "drop")).report
+    for reading, count in report.special_text_rows.items():
+        assert f"{count} {reading}" in finding.title
+    assert len(report.special_text_rows) == 2 and finding.rows == 2
 
 
 def test_a_column_of_row_numbers_is_no_category():

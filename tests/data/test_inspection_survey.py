@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from pairs_with_findings import WORDS, clean_rows, source_of, swapped
 from tiny_tokenizer import CHATML, char_tokenizer
 
+from lite_orpo.data.column_mapping import with_mapped_columns
 from lite_orpo.data.inspection.overlong import fate
 from lite_orpo.data.inspection.seen_row import RowReader
 from lite_orpo.data.inspection.shortcuts import wilson_interval
@@ -145,6 +146,34 @@ def test_nothing_to_read_is_one_error():
 def test_an_unknown_column_to_count_by_is_an_error():
     with pytest.raises(DataError, match="no column 'topic' .* columns found: 'prompt'"):
         survey_pairs(source_of(clean_rows(5)), options=SurveyOptions(balance_column="topic"))
+
+
+def test_rows_without_the_column_to_count_by_are_counted_as_none():
+    rows = [{**row, "topic": "ab"[i % 2]} for i, row in enumerate(clean_rows(20))]
+    del rows[0]["topic"]
+    survey = survey_pairs(source_of(rows), options=SurveyOptions(balance_column="topic"))
+    assert {c.value: c.rows for c in survey.categories} == {"b": 10, "a": 9, "(none)": 1}
+
+
+@pytest.mark.parametrize("column", ["system", "persona"])
+def test_a_mapped_column_can_be_counted_by_under_both_names(column):
+    def messages(role, text):
+        return [{"role": role, "content": text}]
+
+    rows = [
+        {
+            "prompt": messages("user", row["prompt"]),
+            "chosen": messages("assistant", row["chosen"]),
+            "rejected": messages("assistant", row["rejected"]),
+            "persona": ["kind", "curt"][i % 2],
+        }
+        for i, row in enumerate(clean_rows(20))
+    ]
+    source = with_mapped_columns(source_of(rows), {"system": "persona"})
+    survey = survey_pairs(source, options=SurveyOptions(balance_column=column))
+    assert {c.value: c.rows for c in survey.categories} == {"kind": 10, "curt": 10}
+    with pytest.raises(DataError, match="columns found: 'prompt', .*'persona'"):
+        survey_pairs(source, options=SurveyOptions(balance_column="topic"))
 
 
 def test_limits_end_the_pass():

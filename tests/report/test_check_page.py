@@ -80,6 +80,9 @@ def test_the_page_shows_what_was_found():
     assert "prefers-color-scheme: dark" in text and "width=device-width" in text
     clean = survey_pairs(source_of(clean_rows()))
     assert "Nothing was found" in page_of(clean, None)
+    assert "Too few prompts to judge" not in page_of(clean, None)
+    few = survey_pairs(source_of(clean_rows(20)))
+    assert "Too few prompts to judge (fewer than 20 in a half)" in page_of(few, None)
 
 
 def test_every_row_is_in_a_bar():

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from ...errors import DataError
+from ..column_mapping import MappedRow
 from .finding import Finding, Places, Severity
 from .seen_row import SeenRow
 
@@ -29,35 +30,51 @@ class Balance:
     """Counts rows by the value of one column.
 
     Args:
-        column: its name; None takes the first of `USUAL_COLUMNS` that the first row has.
+        column: its name, in the file or as mapped; None takes the first of `USUAL_COLUMNS` that
+            the first row has.
     """
 
     def __init__(self, column: str | None = None) -> None:
-        self._asked_for = column
-        self._is_open = True
-        self.column: str | None = None
+        self._is_asked_for = column is not None
+        self.column = column
+        self._first: SeenRow | None = None
+        self._rows_with_it = 0
         self._places: dict[str, Places] = {}
         self._longer: dict[str, int] = {}
         self._rows = 0
 
     def add(self, row: SeenRow) -> None:
-        """Look at one row.
-
-        Raises:
-            DataError: a column was asked for and the first row does not have it.
-        """
-        if self._is_open:
-            self._is_open = False
-            self.column = self._find_column(row)
+        """Look at one row."""
+        if self._first is None:
+            self._first = row
+            if not self._is_asked_for:
+                self.column = next((c for c in USUAL_COLUMNS if _has(row.raw, c)), None)
         if self.column is None:
             return
         self._rows += 1
+        self._rows_with_it += _has(row.raw, self.column)
         value = _value_of(row.raw, self.column)
         if value not in self._places and len(self._places) >= _VALUES_KEPT:
             value = _OTHERS
         self._places.setdefault(value, Places()).add(row.place)
         longer = row.sizes.chosen > row.sizes.rejected
         self._longer[value] = self._longer.get(value, 0) + longer
+
+    def refuse_if_missing(self) -> None:
+        """Say so where a column was asked for and no row has it.
+
+        Raises:
+            DataError: that.
+        """
+        if not self._is_asked_for or self._rows_with_it or self._first is None:
+            return
+        raw = self._first.raw
+        columns = raw.found if isinstance(raw, MappedRow) else list(raw) if _is_row(raw) else []
+        found = ", ".join(repr(str(name)) for name in columns[:8])
+        raise DataError(
+            f"there is no column {self.column!r} to count by in any row; at {self._first.place}, "
+            f"columns found: {found}"
+        )
 
     def categories(self) -> list[Category]:
         """The values, most frequent first; empty where the column says nothing.
@@ -114,21 +131,24 @@ class Balance:
             )
         ]
 
-    def _find_column(self, row: SeenRow) -> str | None:
-        columns = list(row.raw) if isinstance(row.raw, Mapping) else []
-        if self._asked_for is None:
-            return next((name for name in USUAL_COLUMNS if name in columns), None)
-        if self._asked_for not in columns:
-            found = ", ".join(repr(str(name)) for name in columns[:8])
-            raise DataError(
-                f"there is no column {self._asked_for!r} to count by at {row.place}; "
-                f"columns found: {found}"
-            )
-        return self._asked_for
+
+def _is_row(raw: Any) -> bool:
+    return isinstance(raw, Mapping)
+
+
+def _name_in(raw: Any, column: str) -> str:
+    """The column's name in the row: another one where it has been mapped."""
+    if isinstance(raw, MappedRow) and column not in raw:
+        return next((part for part, name in raw.mapping.items() if name == column), column)
+    return column
+
+
+def _has(raw: Any, column: str) -> bool:
+    return _is_row(raw) and _name_in(raw, column) in raw
 
 
 def _value_of(raw: Any, column: str) -> str:
-    value = raw.get(column) if isinstance(raw, Mapping) else None
+    value = raw.get(_name_in(raw, column)) if _is_row(raw) else None
     if value is None:
         return _MISSING
     text = str(value)

@@ -3,8 +3,9 @@
 from typing import NamedTuple
 
 from ..preparation import MAX_DROPPED_SHARE, LengthRule
-from .finding import Finding, Places, by_share
+from .finding import Finding, Places, Severity, by_share
 from .seen_row import SeenRow, Sizes
+from .unreadable import STOPS_AT_FIRST
 
 
 class Overlong(NamedTuple):
@@ -41,9 +42,11 @@ class OverlongRows:
 
     Args:
         rule: the configured one; sizes must be in tokens.
+        on_bad_row: "error" where training stops at the first row that it would leave out.
     """
 
-    def __init__(self, rule: LengthRule) -> None:
+    def __init__(self, rule: LengthRule, on_bad_row: str = "drop") -> None:
+        self._stops = on_bad_row == "error"
         self._rule = rule
         self._rows = 0
         self._over = Places()
@@ -78,15 +81,23 @@ class OverlongRows:
             f"{counts.rows}; cut_prompt cuts {counts.cut} prompts and leaves out "
             f"{counts.dropped_anyway}"
         )
+        severity = by_share(counts.dropped, self._rows, MAX_DROPPED_SHARE)
+        harm = (
+            "Rows that are left out teach nothing, and long answers are left out first, so the "
+            "model sees another mixture than the file has. A cut prompt loses its beginning."
+        )
+        if self._stops and counts.dropped:
+            severity = Severity.SERIOUS
+            # Under cut_prompt, it stops at those only that no rule saves.
+            harm = STOPS_AT_FIRST.replace("these", f"the {counts.dropped} left-out")
         return [
             Finding(
                 "overlong",
-                by_share(counts.dropped, self._rows, MAX_DROPPED_SHARE),
+                severity,
                 title,
                 counts.rows,
                 self._over.examples,
-                "Rows that are left out teach nothing, and long answers are left out first, so the "
-                "model sees another mixture than the file has. A cut prompt loses its beginning.",
+                harm,
                 "Raise max_length if memory allows (`lite-orpo plan` tells), or set overlong_rows: "
                 "cut_prompt where the end of a prompt is what matters.",
             )

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from ...errors import RowProblem
 from ..rows import PreferenceRow
-from ..tokenization import TokenizedPair
+from ..tokenization import SpecialText, TokenizedPair
 
 
 class Sizes(NamedTuple):
@@ -44,6 +44,8 @@ class SeenRow(NamedTuple):
     swap_of: str | None
     """Place of an earlier row with the same prompt, and chosen and rejected exchanged."""
     is_new_prompt: bool
+    special_text: SpecialText | None
+    """A special token among the words, and how it was read; None also without a tokenizer."""
 
 
 class RowReader:
@@ -54,7 +56,12 @@ class RowReader:
         self.prompts: set[int] = set()
 
     def see(
-        self, place: str, raw: Any, row: PreferenceRow, tokens: TokenizedPair | None
+        self,
+        place: str,
+        raw: Any,
+        row: PreferenceRow,
+        tokens: TokenizedPair | None,
+        special_text: SpecialText | None = None,
     ) -> SeenRow:
         """Measure a row and compare it with those before.
 
@@ -63,6 +70,7 @@ class RowReader:
             raw: as the source gave it.
             row: parsed.
             tokens: its token ids; None: sizes are in characters.
+            special_text: what the tokenisation says of special tokens among its words.
 
         Raises:
             RowProblem: it is no text.
@@ -98,6 +106,7 @@ class RowReader:
             copy_of=self._pairs.get(pair_hash),
             swap_of=self._pairs.get(swap_hash),
             is_new_prompt=prompt_hash is None or prompt_hash not in self.prompts,
+            special_text=special_text,
         )
         self._pairs.setdefault(pair_hash, place)
         if prompt_hash is not None:

@@ -13,7 +13,8 @@ from typing import NamedTuple
 from .finding import Finding, Places, Severity
 from .seen_row import SeenRow
 
-_LEAST_PROMPTS = 20
+LEAST_PROMPTS = 20
+"""In each half of the prompts, for a rule to be judged."""
 _WARNING_FROM, _SERIOUS_FROM = 0.6, 0.75
 _FIRSTS_KEPT = 20_000
 _FIT, _TRIED = 0, 1
@@ -182,7 +183,7 @@ class FirstTokenRule:
 
 
 def _accuracy(right: float, pairs: int, prompts: list[int]) -> RuleAccuracy | None:
-    if min(prompts) < _LEAST_PROMPTS:
+    if min(prompts) < LEAST_PROMPTS:
         return None
     share = right / pairs
     low, high = wilson_interval(share, min(prompts[_TRIED], pairs))

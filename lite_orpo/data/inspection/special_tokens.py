@@ -2,8 +2,8 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable
 
+from ..tokenization import KEPT_AS_TEXT, READ_AS_CONTROL, READ_AS_WRITTEN_BY_A_TEMPLATE
 from .finding import Finding, Places, Severity
 from .seen_row import SeenRow
 
@@ -14,29 +14,56 @@ USUAL_TOKENS = (
     *("<|end_header_id|>", "<start_of_turn>", "<end_of_turn>", "<|user|>", "<|assistant|>"),
     *("<|system|>", "<|end|>", "[INST]", "[/INST]", "<<SYS>>", "<</SYS>>"),
 )
+_USUAL = re.compile("|".join(map(re.escape, sorted(USUAL_TOKENS, reverse=True))))
+
+
+_HARM = {
+    KEPT_AS_TEXT: (
+        "They are spelled out as text, so a template left over from another model teaches the "
+        "model to write its marks."
+    ),
+    READ_AS_WRITTEN_BY_A_TEMPLATE: (
+        "Plain text that begins with one is taken as written by a chat template: the marks in it "
+        "become control tokens."
+    ),
+    READ_AS_CONTROL: (
+        "This tokenizer or its chat template cannot keep them as text, so somebody's words become "
+        "control tokens."
+    ),
+}
+_HARM_WITHOUT_TOKENIZER = (
+    "In messages and answers they are spelled out as text, so a template left over from another "
+    "model teaches the model to write its marks; plain text that begins with one is taken as "
+    "written by a template, marks and all."
+)
 
 
 class SpecialTokensInText:
     """Counts rows that hold a special token as text.
 
+    With a tokenizer, what counts is what the tokenisation reports: a BOS that begins a prompt and
+    an EOS that ends an answer mean what they say. Without one, the tokens of the usual model
+    families are looked for.
+
     Args:
-        tokens: the tokenizer's; None: those of the usual model families.
+        has_tokenizer: whether the rows are tokenised.
     """
 
-    def __init__(self, tokens: Iterable[str] | None = None) -> None:
-        self._are_usual_ones = tokens is None
-        known = sorted({t for t in (USUAL_TOKENS if tokens is None else tokens) if t.strip()})
-        self._pattern = re.compile("|".join(re.escape(t) for t in known[::-1])) if known else None
+    def __init__(self, has_tokenizer: bool = False) -> None:
+        self._has_tokenizer = has_tokenizer
         self._rows = Places()
         self._tokens: Counter[str] = Counter()
+        self._readings: Counter[str] = Counter()
 
     def add(self, row: SeenRow) -> None:
         """Look at one row."""
-        if self._pattern is None:
-            return
         found: set[str] = set()
-        for text in (row.prompt, row.chosen, row.rejected):
-            found.update(self._pattern.findall(text))
+        if not self._has_tokenizer:
+            for text in (row.prompt, row.chosen, row.rejected):
+                found.update(_USUAL.findall(text))
+        elif row.special_text is not None:
+            found.add(row.special_text.token)
+            self._readings[row.special_text.reading] += 1
         if found:
             self._rows.add(row.place)
             self._tokens.update(found)
@@ -47,17 +74,23 @@ class SpecialTokensInText:
             return []
         ordered = sorted(self._tokens.items(), key=lambda item: (-item[1], item[0]))
         tokens = ", ".join(f"{token} in {rows}" for token, rows in ordered[:5])
-        whose = "of well-known models" if self._are_usual_ones else "of this tokenizer"
+        if self._has_tokenizer:
+            # Each row tells the first that stands in it.
+            readings = [reading for reading in _HARM if self._readings[reading]]
+            counts = ", ".join(f"{self._readings[reading]} {reading}" for reading in readings)
+            title = f"Special tokens of this tokenizer stand as text in the rows ({tokens}): "
+            title, harm = title + counts, " ".join(_HARM[reading] for reading in readings)
+        else:
+            title = f"Special tokens of well-known models stand as text in the rows ({tokens})"
+            harm = _HARM_WITHOUT_TOKENIZER
         return [
             Finding(
                 "special_tokens_in_text",
                 Severity.WARNING,
-                f"Special tokens {whose} stand as text in the rows ({tokens})",
+                title,
                 self._rows.count,
                 self._rows.examples,
-                "In messages and answers they are spelled out as text, so a template left over "
-                "from another model teaches the model to write its marks; plain text that begins "
-                "with one is taken as written by a template, marks and all.",
+                harm,
                 "Take them out of the texts, unless they are what the text is about. "
                 "`lite-orpo check DATA --model MODEL --show N` shows what they become.",
             )

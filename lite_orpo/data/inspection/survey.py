@@ -4,54 +4,40 @@ Memory is counters and hashes, about 500 bytes a row. A new kind of finding is a
 in `_Collectors`.
 """
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ...errors import DataError, RowProblem
-from ..chat_template import TemplateRunaway
-from ..parsed_rows import ParsedRow, parsed_chunks, tokenized
-from ..preparation import MAX_DROPPED_SHARE, LengthRule
-from ..rows import parse_row
-from ..sources import LocatedRow, RowSource
-from ..special_text import SpecialTokens, Tokenizer
-from ..tokenization import RowTokenizer, TokenizedPair
+from ...errors import DataError
+from ..preparation import LengthRule
+from ..sources import RowSource
+from ..special_text import Tokenizer
 from .balance import Balance, Category
 from .duplicates import Duplicates
 from .finding import Collector, Finding, Severity
-from .leakage import SharedPrompts
+from .held_out import HeldOut, compare_held_out
 from .lengths import Lengths, LengthSummary
 from .odd_characters import OddCharacters
+from .outcome import find_refusal
 from .overlong import Overlong, OverlongRows
 from .prompt_texts import PromptTexts
+from .reading import Limits, Progress, SourceReader
 from .row_format import RowFormats
-from .seen_row import RowReader, text_of
+from .seen_row import RowReader
 from .shortcuts import Direction, FirstTokenRule, RuleAccuracy
 from .shortcuts import LengthRule as LongerRule
 from .special_tokens import SpecialTokensInText
 from .unreadable import UnreadableKind, UnreadableRows
-
-Progress = Callable[[str, int], None]
-_PROGRESS_EVERY = 200
 
 
 class SurveyOptions(NamedTuple):
     """What is looked at, and how far."""
 
     rule: LengthRule = LengthRule(None, "drop")
+    on_bad_row: str = "drop"
     balance_column: str | None = None
     max_rows: int | None = None
     max_seconds: float | None = None
-
-
-class HeldOut(NamedTuple):
-    """What was seen of the held-out pairs."""
-
-    source: str
-    readable: int
-    unreadable: int
-    shared_prompts: int
 
 
 @dataclass(frozen=True)
@@ -64,7 +50,7 @@ class Survey:
     stopped: str | None
     """Why the file could not be read to its end."""
     is_part: bool
-    """Whether a limit ended the pass before the data ended."""
+    """Whether a limit ended the pass over the pairs before the data ended."""
     formats: dict[str, int]
     columns: dict[str, int]
     unit: str
@@ -129,7 +115,7 @@ class _Collectors:
         has_tokens = tokenizer is not None
         self.formats = RowFormats()
         self.lengths = Lengths()
-        self.overlong = OverlongRows(options.rule if has_tokens else LengthRule(None, "drop"))
+        self.overlong = OverlongRows(_rule_of(tokenizer, options), options.on_bad_row)
         self.duplicates = Duplicates()
         self.longer = LongerRule("tokens" if has_tokens else "characters")
         self.first = FirstTokenRule("token" if has_tokens else "word", _namer(tokenizer))
@@ -143,7 +129,7 @@ class _Collectors:
             self.longer,
             self.first,
             self.balance,
-            SpecialTokensInText(None if tokenizer is None else SpecialTokens(tokenizer).texts),
+            SpecialTokensInText(has_tokens),
             OddCharacters(),
         )
 
@@ -159,71 +145,27 @@ class _Pass:
         self._source = source
         self._tokenizer = tokenizer
         self._options = options
-        self._progress = progress
-        self._started = time.perf_counter()
-        self._reader = RowReader()
-        self._row_tokenizer = None if tokenizer is None else RowTokenizer(tokenizer)
+        limits = Limits(options.max_rows, options.max_seconds)
+        self._reader = SourceReader(tokenizer, limits, progress)
+        self._rows = RowReader()
         self._collectors = _Collectors(tokenizer, options)
-        self._unreadable = UnreadableRows(source.name)
+        self._unreadable = UnreadableRows(source.name, options.on_bad_row)
         self._readable = 0
         self._is_part = False
 
     def run(self, held_out: RowSource | None) -> Survey:
-        for parsed, tokens in self._parsed():
-            try:
-                if isinstance(parsed.row, RowProblem):
-                    raise parsed.row
-                seen = self._reader.see(parsed.place, parsed.raw, parsed.row, tokens)
-            except RowProblem as problem:
-                self._unreadable.add(parsed.place, problem)
-                continue
+        for seen in self._reader.seen_rows(self._source, self._rows, self._unreadable):
             self._readable += 1
             for collector in self._collectors.all:
                 collector.add(seen)
+        self._is_part = self._reader.is_part
         self._refuse_if_nothing_was_read()
-        other, shared = self._compare(held_out)
-        return self._survey(other, shared)
-
-    def _parsed(self) -> Iterator[tuple[ParsedRow, TokenizedPair | None]]:
-        """The rows, each with its tokens where there is a tokenizer."""
-        for chunk in parsed_chunks(self._rows_of(self._source, self._unreadable)):
-            if self._row_tokenizer is None:
-                yield from ((parsed, None) for parsed in chunk)
-                continue
-            for parsed, outcome in zip(chunk, tokenized(chunk, self._row_tokenizer), strict=False):
-                if isinstance(outcome, TemplateRunaway):
-                    raise DataError(f"{self._source.name} {parsed.place}: {outcome}")
-                if isinstance(outcome, DataError):
-                    raise outcome
-                if isinstance(outcome, RowProblem):
-                    yield parsed._replace(row=outcome), None
-                else:
-                    yield parsed, outcome.pair
-
-    def _rows_of(self, source: RowSource, unreadable: UnreadableRows) -> Iterator[LocatedRow]:
-        """The rows, until they end, cannot be read on, or a limit is met."""
-        rows, limits = iter(source.read()), self._options
-        count = 0
-        while True:
-            try:
-                located = next(rows, None)
-            except DataError as error:
-                unreadable.stopped = str(error)
-                return
-            if located is None:
-                break
-            is_late = (
-                limits.max_seconds is not None
-                and time.perf_counter() - self._started > limits.max_seconds
-            )
-            if is_late or count == limits.max_rows:
-                self._is_part = True
-                break
-            yield located
-            count += 1
-            if count % _PROGRESS_EVERY == 0:
-                self._progress(source.name, count)
-        self._progress(source.name, count)
+        self._collectors.balance.refuse_if_missing()
+        if held_out is None:
+            return self._survey(None, [])
+        rule, on_bad_row = _rule_of(self._tokenizer, self._options), self._options.on_bad_row
+        compared = compare_held_out(held_out, self._rows.prompts, self._reader, rule, on_bad_row)
+        return self._survey(*compared)
 
     def _refuse_if_nothing_was_read(self) -> None:
         if self._readable:
@@ -240,29 +182,12 @@ class _Pass:
             "delete them"
         )
 
-    def _compare(self, held_out: RowSource | None) -> tuple[HeldOut | None, list[Finding]]:
-        if held_out is None:
-            return None, []
-        shared = SharedPrompts(self._reader.prompts)
-        unreadable = UnreadableRows(held_out.name)
-        for located in self._rows_of(held_out, unreadable):
-            try:
-                row = parse_row(located.row)
-            except RowProblem as problem:
-                unreadable.add(located.place, problem)
-                continue
-            shared.add(located.place, text_of(row.prompt))
-        found = [
-            f._replace(id=f"held_out_{f.id}", title=f"Held-out pairs: {f.title}")
-            for f in unreadable.findings(shared.rows)
-        ]
-        counts = HeldOut(held_out.name, shared.rows, unreadable.count, shared.shared.count)
-        return counts, shared.findings() + found
-
     def _survey(self, held_out: HeldOut | None, more: list[Finding]) -> Survey:
         c = self._collectors
         findings = [f for collector in c.all for f in collector.findings()]
-        findings += self._unreadable.findings(self._readable) + more + self._refusal()
+        total = self._readable + self._unreadable.count
+        findings += self._unreadable.findings(self._readable) + more
+        findings += find_refusal(self._unreadable, c.overlong.summary(), total)
         return Survey(
             source=self._source.name,
             readable=self._readable,
@@ -287,28 +212,13 @@ class _Pass:
             unreadable_kinds=tuple(self._unreadable.kinds()),
             held_out=held_out,
             findings=tuple(sorted(findings, key=lambda f: (f.severity.rank, -f.rows))),
-            seconds=time.perf_counter() - self._started,
+            seconds=self._reader.seconds,
         )
 
-    def _refusal(self) -> list[Finding]:
-        """What `train` would say of the data as a whole."""
-        overlong = self._collectors.overlong.summary()
-        dropped = self._unreadable.count + (overlong.dropped if overlong is not None else 0)
-        total = self._readable + self._unreadable.count
-        if dropped <= MAX_DROPPED_SHARE * total:
-            return []
-        return [
-            Finding(
-                "training_refused",
-                Severity.SERIOUS,
-                f"Training will refuse this data: {dropped} of {total} rows would be left out "
-                f"(at most {MAX_DROPPED_SHARE:.0%} may be)",
-                dropped,
-                (),
-                "A run on what is left would not be a run on what you have.",
-                "Mend the rows that the other findings name.",
-            )
-        ]
+
+def _rule_of(tokenizer: Tokenizer | None, options: SurveyOptions) -> LengthRule:
+    """The rule for long rows; no limit where sizes are in characters."""
+    return LengthRule(None, "drop") if tokenizer is None else options.rule
 
 
 def _namer(tokenizer: Tokenizer | None) -> Callable[[str | int], str]:

@@ -21,6 +21,7 @@ _HARM = {
         "Mend what the message says, or delete the rows.",
     ),
 }
+STOPS_AT_FIRST = "Training stops at the first of these rows (on_bad_row: error)."
 
 
 class UnreadableKind(NamedTuple):
@@ -39,9 +40,11 @@ class UnreadableRows:
 
     Args:
         source: name of the source, for messages.
+        on_bad_row: "error" where training stops at the first of them.
     """
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: str, on_bad_row: str = "drop") -> None:
+        self._stops = on_bad_row == "error"
         self._report = PreparationReport(source)
         self.stopped: str | None = None
         """Why the file could not be read to its end."""
@@ -89,10 +92,13 @@ class UnreadableRows:
         total = readable + self.count
         for kind in self.kinds():
             harm, advice = _HARM[kind.id]
+            severity = by_share(kind.rows, total, MAX_DROPPED_SHARE)
+            if self._stops:
+                severity, harm = Severity.SERIOUS, STOPS_AT_FIRST
             findings.append(
                 Finding(
                     kind.id,
-                    by_share(kind.rows, total, MAX_DROPPED_SHARE),
+                    severity,
                     f"Column {kind.column!r} {kind.problem}",
                     kind.rows,
                     kind.places,
