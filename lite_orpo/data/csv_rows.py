@@ -103,11 +103,11 @@ def _in_words(error: csv.Error) -> str:
 
 def _value(cell: str) -> Any:
     text = cell.strip()
-    if text.startswith("[{") and text.endswith("}]"):
+    if text.startswith("[") and text.endswith("]"):
         try:
             value = json.loads(text)
         except (ValueError, RecursionError):
             return cell
-        if all(isinstance(item, dict) and "role" in item for item in value):
+        if value and all(isinstance(item, dict) and "role" in item for item in value):
             return value
     return cell

@@ -12,7 +12,15 @@ from typing import Any
 from ..errors import RowProblem
 from .column_mapping import MappedRow
 from .preference_row import Message
-from .row_values import check_messages, check_size, check_text, check_tools, kind_of, shown
+from .row_values import (
+    check_column_text,
+    check_messages,
+    check_size,
+    check_text,
+    check_tools,
+    kind_of,
+    shown,
+)
 from .transcripts import is_transcript
 
 COMPLETION_COLUMNS = (("chosen", "rejected"), ("chosen_response", "rejected_response"))
@@ -252,7 +260,7 @@ def _checked(column: str, value: Any) -> Value:
     if isinstance(value, str):
         if not value.strip():
             raise RowProblem(column, "is empty or white space only")
-        return check_text(column, value)
+        return check_column_text(column, value)
     messages = check_messages(column, value)
     if not any(message["content"].strip() or message.get("tool_calls") for message in messages):
         raise RowProblem(column, "is empty or white space only")
@@ -261,7 +269,7 @@ def _checked(column: str, value: Any) -> Value:
 
 def _checked_prompt(column: str, value: Any) -> Value:
     if isinstance(value, str):
-        return check_text(column, value)
+        return check_column_text(column, value)
     if isinstance(value, list):
         return check_messages(column, value)
     raise RowProblem(column, f"must be text or a list of messages, found {kind_of(value)}")

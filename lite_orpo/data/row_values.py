@@ -54,6 +54,22 @@ def check_text(column: str, text: str) -> str:
     return text
 
 
+def check_column_text(column: str, text: str) -> str:
+    """The text as `check_text` has it, of a whole column: no JSON of messages either.
+
+    Raises:
+        RowProblem: as `check_text`, or the text is JSON of messages, whatever their layout.
+    """
+    check_text(column, text)
+    if _is_json_of_messages(text):
+        raise RowProblem(
+            column,
+            "is messages written as text; store it as a list of objects with 'role' and 'content' "
+            "(JSON lines, parquet)",
+        )
+    return text
+
+
 def check_messages(column: str, messages: list[Any]) -> list[Message]:
     """Messages with role and text, without keys that are null (tables fill up with those).
 
@@ -154,6 +170,22 @@ def _size(value: Any) -> int:
     if isinstance(value, list):
         return sum(_NODE_COST + _size(item) for item in value)
     return _NODE_COST
+
+
+def _is_json_of_messages(text: str) -> bool:
+    text = text.strip()
+    if (text[:1], text[-1:]) not in (("[", "]"), ("{", "}")):
+        return False
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    messages = value if isinstance(value, list) else [value]
+    return any(
+        isinstance(message, dict)
+        and ({"role", "content"} <= set(message) or {"from", "value"} <= set(message))
+        for message in messages
+    )
 
 
 def _is_message_list_as_text(text: str) -> bool:

@@ -184,9 +184,11 @@ def test_an_answer_that_looks_like_a_number_or_nothing_stays_text(tmp_path, answ
     assert read(path)[0].row["chosen"] == answer
 
 
-def test_messages_written_as_json_are_messages(tmp_path):
+@pytest.mark.parametrize("indent", [None, 1], ids=["compact", "indented"])
+def test_messages_written_as_json_are_messages(tmp_path, indent):
     path = tmp_path / "a.csv"
-    path.write_bytes(csv_bytes([{key: json.dumps(value) for key, value in CHAT.items()}]))
+    cells = {key: json.dumps(value, indent=indent) for key, value in CHAT.items()}
+    path.write_bytes(csv_bytes([cells]))
     assert parse_row(read(path)[0].row)[:3] == tuple(CHAT.values())
 
 
