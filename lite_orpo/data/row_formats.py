@@ -9,11 +9,8 @@ from typing import NamedTuple
 
 from ..errors import RowProblem
 from .preference_row import Message, PreferenceRow
-from .row_columns import RowParts, Value
+from .row_columns import NO_ACCIDENT, RowParts, Value
 from .transcripts import begins_transcript, is_transcript, split_transcripts
-
-NO_ACCIDENT = 20
-"""Characters of a prompt that do not stand in a message of another row by accident."""
 
 
 class RowFormat(NamedTuple):

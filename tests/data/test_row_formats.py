@@ -1,7 +1,5 @@
 """Formats: rows as known data sets publish them come out as the pair that their authors meant."""
 
-import json
-
 import pytest
 
 from lite_orpo.data.rows import columns_used, describe_format, parse_row
@@ -261,14 +259,6 @@ TURNS = {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\n
             {"prompt": "", "chosen": [GOOD], "rejected": [BAD]}, "prompt",
             "share no first message", id="empty-user-message",
         ),
-        pytest.param(
-            {"prompt": [ASK, GOOD], "chosen": [assistant("c")], "rejected": [BAD]}, "prompt",
-            "in doubt whether they go on", id="messages-after-the-assistant",
-        ),
-        pytest.param(
-            {"prompt": [ASK, assistant("")], "chosen": [GOOD], "rejected": [BAD]}, "prompt",
-            "in doubt whether they go on", id="messages-after-an-empty-answer",
-        ),
         pytest.param({**CHAT, "system": "s", "prompt": [system("t"), ASK]}, "system",
                      "differs from the system message", id="two-system-messages"),
         pytest.param({**TEXT, "system": 3}, "system", "must be text", id="system-number"),
@@ -341,59 +331,3 @@ def test_nesting_without_end_is_refused():
 def test_a_row_that_cannot_be_read_has_no_known_format():
     assert describe_format({"a": 1}) == "no known format"
     assert describe_format(["a"]) == "no known format"
-
-
-@pytest.mark.parametrize(
-    ("prompt", "said"),
-    [
-        ("Context: it is green.\n\nQuestion: What color is it?", "What color is it?"),
-        ("Which hippo is number 0? Explain", "hi"),
-        ("hi", "Which hippo is number 0? Explain"),
-    ],
-    ids=["context-lost", "message-in-the-prompt", "prompt-in-a-message"],
-)
-def test_a_prompt_that_the_messages_do_not_say_whole_is_refused(prompt, said):
-    row = {"prompt": prompt, "chosen": [user(said), GOOD], "rejected": [user(said), BAD]}
-    with pytest.raises(RowProblem, match="set column_mapping: {prompt: null}") as caught:
-        parse_row(row)
-    assert caught.value.column == "prompt"
-
-
-@pytest.mark.parametrize(
-    "prompt",
-    ["Be brief.  Why is the sky blue?", "Why is the sky blue?\n Answer in one word:", "One word:"],
-    ids=["joined", "long-part", "a-line"],
-)
-def test_a_prompt_that_the_messages_say_whole_is_accepted(prompt):
-    said = ["Be brief.", "Why is the sky blue?\nAnswer in one word: yes or no\nOne word:"]
-    asked = [system(said[0]), user(ASK["content"] if prompt.startswith("Be") else said[1])]
-    row = {"prompt": prompt, "chosen": [*asked, GOOD], "rejected": [*asked, BAD]}
-    assert parse_row(row)[:3] == (asked, [GOOD], [BAD])
-
-
-@pytest.mark.parametrize("column", ["prompt", "chosen", "rejected"])
-@pytest.mark.parametrize(
-    "value",
-    [[GOOD], [ASK, GOOD], GOOD, [{"from": "gpt", "value": "a"}], {"from": "gpt", "value": "a"}],
-    ids=["list", "two", "object", "sharegpt", "sharegpt-object"],
-)
-@pytest.mark.parametrize("indent", [None, 1], ids=["compact", "indented"])
-def test_messages_written_as_json_text_are_refused_in_any_layout(column, value, indent):
-    row = {**TEXT, column: f"\n{json.dumps(value, indent=indent)} "}
-    with pytest.raises(RowProblem, match="messages written as text; store it as a list") as caught:
-        parse_row(row)
-    assert caught.value.column == column
-
-
-@pytest.mark.parametrize(
-    "answer",
-    ['{"role": "admin", "rights": []}', '[{"from": "Rome", "to": "Ulm"}]', "[1, 2]", "{a}", "[]"],
-)
-def test_an_answer_that_is_json_of_something_else_stays_text(answer):
-    assert parse_row({**TEXT, "chosen": answer}).chosen == answer
-
-
-def test_arguments_of_a_tool_call_may_be_json_with_from_and_value():
-    call = {"function": {"name": "pay", "arguments": '{"from": "a", "value": 3}'}}
-    row = {**CHAT, "chosen": [assistant(None, tool_calls=[call])]}
-    assert parse_row(row).chosen[0]["tool_calls"] == [call]
