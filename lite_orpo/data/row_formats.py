@@ -32,8 +32,8 @@ def format_of(parts: RowParts) -> RowFormat:
             return candidate
     raise RowProblem(
         "prompt",
-        "is missing, and plain text gives no sign where a prompt ends; add the column, or set "
-        "column_mapping: {prompt: ...}",
+        "is missing, and plain text gives no sign where a prompt ends; add or fill the column, or "
+        "set column_mapping: {prompt: ...}",
     )
 
 

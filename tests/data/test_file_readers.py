@@ -199,6 +199,43 @@ def test_messages_written_as_python_are_refused(tmp_path):
         parse_row(read(path)[0].row)
 
 
+@pytest.mark.parametrize(
+    "text",
+    ['prompt, "chosen", rejected\nq,a,b\n', 'prompt,chosen,rejected\nq, "a", b\n',
+     'prompt,chosen,rejected\n "q",a,b\n', 'prompt,chosen,rejected\nq, "a\nc", b\n'],
+    ids=["names", "cells", "first-cell", "over-lines"],
+)  # fmt: skip
+def test_a_space_before_an_opening_quote_is_refused(tmp_path, text):
+    path = tmp_path / "a.csv"
+    path.write_text(text)
+    line = 1 if '"chosen"' in text else 2
+    assert f"line {line}: " in refused(path)
+
+
+def test_a_quote_after_a_space_inside_a_cell_is_text(tmp_path):
+    row = {"prompt": 'he said, "no"', "chosen": ' "Yes."', "rejected": ' "a", "b"\n "c"'}
+    path = tmp_path / "a.csv"
+    path.write_bytes(csv_bytes([row]))
+    assert read(path)[0].row == row
+
+
+@pytest.mark.parametrize("cell", ["", " "], ids=["empty", "blank"])
+def test_an_empty_cell_is_null_and_no_empty_prompt(tmp_path, cell):
+    path = tmp_path / "a.csv"
+    path.write_text(f"prompt,chosen,rejected\n{cell},yes,no\n")
+    row = read(path)[0].row
+    assert row == {"prompt": None, "chosen": "yes", "rejected": "no"}
+    with pytest.raises(RowProblem, match="column 'prompt' is missing, "):
+        parse_row(row)
+
+
+@pytest.mark.parametrize("indent", [None, 1], ids=["one-line", "pretty"])
+def test_a_json_list_named_jsonl_is_called_one(tmp_path, indent):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(ROWS, indent=indent))
+    assert "line 1: the file is one JSON list, not one row a line; name it .json" in refused(path)
+
+
 def test_a_nameless_index_column_and_blank_lines_do_no_harm(tmp_path):
     path = tmp_path / "a.csv"
     path.write_bytes(b"\xef\xbb\xbf,prompt,chosen,rejected\n\n0,q,a,b\n")
