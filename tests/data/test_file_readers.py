@@ -306,3 +306,19 @@ def test_two_parquet_columns_of_one_name_are_refused(tmp_path):
     table = pa.table([["a"], ["b"]], names=["chosen", "chosen"])
     pq.write_table(table, tmp_path / "a.parquet")
     assert "column 'chosen' stands there twice" in refused(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize(
+    "dates",
+    [pa.array([2**30], pa.date32()), pa.array([2**62], pa.timestamp("us")),
+     pa.array([2**62], pa.duration("s")), pa.array([[2**62]], pa.list_(pa.timestamp("us")))],
+    ids=["date", "timestamp", "duration", "list"],
+)  # fmt: skip
+def test_dates_outside_pythons_range_do_not_take_the_other_columns_along(tmp_path, dates):
+    path = tmp_path / "a.parquet"
+    texts = {part: pa.array([part]) for part in ("prompt", "chosen", "rejected")}
+    pq.write_table(pa.table({**texts, "at": dates}), path)
+    assert parse_row(read(path)[0].row)[:3] == ("prompt", "chosen", "rejected")
+    pq.write_table(pa.table({**texts, "chosen": dates}), path)
+    with pytest.raises(RowProblem, match="column 'chosen' must be text or a list of messages"):
+        parse_row(read(path)[0].row)
