@@ -6,6 +6,7 @@ other capitals, text beside the prompt that would be left out.
 """
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,7 @@ from .row_values import (
     check_text,
     check_tools,
     kind_of,
+    plain,
     shown,
 )
 from .transcripts import is_transcript
@@ -102,6 +104,7 @@ def read_parts(row: Any) -> RowParts:
         raise RowProblem("prompt", f"cannot be found: the row is {kind_of(row)}, not an object")
     mapping: Mapping[str, str | None] = row.mapping if isinstance(row, MappedRow) else {}
     names = {part: str(column) for part, column in mapping.items() if column is not None}
+    row = _with_plain_values(row)
     _refuse_near_misses(row, mapping)
     values: dict[str, Any] = {}
     for part, column in zip(("chosen", "rejected"), _completion_columns(row, mapping), strict=True):
@@ -135,6 +138,17 @@ def read_parts(row: Any) -> RowParts:
         names.get("tools", TOOLS_COLUMN): parts.tools or [],
     })  # fmt: skip
     return parts
+
+
+def _with_plain_values(row: Mapping[Any, Any]) -> Mapping[Any, Any]:
+    values = {name: plain(value) for name, value in row.items()}
+    if all(values[name] is value for name, value in row.items()):
+        return row
+    if not isinstance(row, MappedRow):
+        return values
+    changed = copy(row)
+    changed.update(values)
+    return changed
 
 
 def _tell_all(parts: RowParts) -> bool:

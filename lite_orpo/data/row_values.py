@@ -31,6 +31,13 @@ def shown(value: Any) -> str:
     return repr(value if len(value) <= 40 else f"{value[:40]}...")
 
 
+def plain(value: Any) -> Any:
+    """Tuples, and numpy's arrays and texts, as what a file would have held; the rest as it is."""
+    if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
+        return value.tolist()
+    return list(value) if isinstance(value, tuple) else value
+
+
 def check_text(column: str, text: str) -> str:
     """The text as it is, if it can be tokenised.
 
@@ -157,7 +164,8 @@ def _without_nulls(column: str, value: Any, depth: int = 0) -> Any:
             for key, item in value.items()
             if item is not None
         }
-    if isinstance(value, (list, tuple)):
+    value = plain(value)
+    if isinstance(value, list):
         return [_without_nulls(column, item, depth + 1) for item in value]
     return check_text(column, value) if isinstance(value, str) else value
 
