@@ -160,10 +160,13 @@ def _tell_all(parts: RowParts) -> bool:
 
 
 def _refuse_context(row: Mapping[Any, Any], parts: RowParts) -> None:
+    names = [name for name in CONTEXT_COLUMNS if not _is_blank(row.get(name))]
+    if not names:
+        return
     prompts = _texts_in(list(parts.prompts.values()))
     answers = _texts_in([parts.chosen, parts.rejected])
     tells_all = _tell_all(parts)
-    for name in CONTEXT_COLUMNS:
+    for name in names:
         # Where it came from: its last answer may be one that was neither chosen nor rejected.
         if tells_all and name in ("conversation", "conversations"):
             continue

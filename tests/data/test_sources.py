@@ -8,6 +8,7 @@ import datasets
 import numpy as np
 import pytest
 
+from lite_orpo.data.prepared_sets import PreparedSets
 from lite_orpo.data.rows import parse_row
 from lite_orpo.data.sources import SplitMissing, dataset_source, open_source
 from lite_orpo.errors import DataError, HubError
@@ -211,6 +212,12 @@ def test_a_dictionary_of_columns_is_called_one():
         message = refused(lambda data=data: dataset_source("train_dataset", data))
         assert "train_dataset is a dictionary of columns ('" in message
         assert "datasets.Dataset.from_dict(...)" in message
+
+
+def test_evaluation_sets_that_are_columns_are_called_so():
+    sets = PreparedSets(None, None, "skip")
+    message = refused(lambda: sets.prepare_each("eval_dataset", {"prompt": ["q"], "chosen": ["a"]}))
+    assert "eval_dataset is a dictionary of columns ('prompt', 'chosen')" in message
 
 
 CHAT = {
