@@ -4,7 +4,8 @@
 
 Keys are what a row needs, values the file's columns. A key with null says that there is no such
 column: `{prompt: null}` takes the prompt from the messages, whatever column is called prompt. What
-is named here is not guessed at any more; what is not, is found by its usual name.
+is named here is not guessed at any more; what is not, is found by its usual name. A column that
+would be refused as lost context is left out by null, too: `{context: null}`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -15,6 +16,12 @@ from .row_source import LocatedRow, RowSource
 
 PARTS = ("prompt", "chosen", "rejected", "system", "tools")
 NEEDED = ("chosen", "rejected")
+# They hold what was said before in some data sets, and notes in others: never left out silently,
+# only where the user's mapping has null for them.
+CONTEXT_COLUMNS = (
+    "context", "document", "history", "conversation_history", "conversation", "conversations",
+    "messages",
+)  # fmt: skip
 
 
 class MappedRow(dict[str, Any]):
@@ -55,6 +62,8 @@ def check_column_mapping(
     if not isinstance(mapping, Mapping):
         raise DataError(f"column_mapping must be a mapping, found {mapping!r}")
     for part, column in mapping.items():
+        if part in CONTEXT_COLUMNS and column is None:
+            continue
         if part not in PARTS:
             turned = f"; write {column}: {part}" if column in PARTS else ""
             raise DataError(

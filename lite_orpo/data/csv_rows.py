@@ -1,11 +1,14 @@
 """Rows of CSV files: every cell is text, as it stands, with the line its row begins on.
 
+An empty cell is null, since CSV has no other word for that.
+
 By the standard library and not by pandas, which turns "4" into a number and the answers "None"
 and "NA" into nothing. A list of messages has no cell type of its own; one written as JSON is read.
 """
 
 import csv
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -54,9 +57,12 @@ class _Records(Iterator[tuple[int, list[str]]]):
     def __init__(self, lines: Iterator[NumberedLine], path: Path) -> None:
         self._path = path
         self._begins = 1
+        self._record: list[str] = []
         self._lines = self._texts(lines)
         first = next(self._lines, "")
         delimiter = max(DELIMITERS, key=first.count)
+        # A doubled quote is text; a single one after a space was to open the cell.
+        self._late_quote = re.compile(rf'(?:^|{delimiter}) +"(?!")', re.MULTILINE)
         self._reader = csv.reader(self._with(first), delimiter=delimiter, strict=True)
 
     def __next__(self) -> tuple[int, list[str]]:
@@ -68,6 +74,13 @@ class _Records(Iterator[tuple[int, list[str]]]):
                 raise DataError(
                     f"{self._path} line {self._begins}: not valid CSV: {_in_words(error)}"
                 ) from None
+            late = next((cell for cell in cells if re.match(' +"', cell)), None)
+            if late is not None and self._late_quote.search("".join(self._record)):
+                raise DataError(
+                    f"{self._path} line {self._begins}: a space stands before the quote that opens "
+                    f"a cell ({late[:20]!r}), which makes both part of the text; delete the spaces "
+                    "after the delimiters"
+                )
             if cells:
                 return self._begins, cells
 
@@ -82,12 +95,14 @@ class _Records(Iterator[tuple[int, list[str]]]):
         for line in lines:
             if self._begins != begins:
                 begins, record_bytes = self._begins, 0
+                self._record.clear()
             record_bytes += MAX_LINE_BYTES + 1 if line.text is None else len(line.text)
             if line.text is None or record_bytes > MAX_LINE_BYTES:
                 raise DataError(
                     f"{self._path} line {begins}: the row is longer than "
                     f"{MAX_LINE_BYTES / 2**20:g} MiB; is a quote opened there and never closed?"
                 )
+            self._record.append(line.text)
             yield line.text
 
 
@@ -103,11 +118,13 @@ def _in_words(error: csv.Error) -> str:
 
 def _value(cell: str) -> Any:
     text = cell.strip()
-    if text.startswith("[{") and text.endswith("}]"):
+    if not text:
+        return None
+    if text.startswith("[") and text.endswith("]"):
         try:
             value = json.loads(text)
         except (ValueError, RecursionError):
             return cell
-        if all(isinstance(item, dict) and "role" in item for item in value):
+        if value and all(isinstance(item, dict) and "role" in item for item in value):
             return value
     return cell

@@ -5,6 +5,8 @@ Layouts known, the folder itself and its sub-folders `data`, `default` and the c
     train.jsonl                               one file
     train-00000-of-00002.parquet, ...         all shards of one set, in their order
     train/0000.parquet, ...                   all files of a folder named after the split
+
+Endings may be in capitals; hidden files are passed over.
 """
 
 import re
@@ -55,20 +57,31 @@ def files_of_split(
 
 
 def _candidates(place: Path, split: str, endings: Sequence[str]) -> Iterator[list[Path]]:
+    files, inner = _visible_files(place), _visible_files(place / split)
     for ending in endings:
-        if (place / f"{split}{ending}").is_file():
-            yield [place / f"{split}{ending}"]
+        for path in files:
+            if path.name.startswith(split) and path.name[len(split) :].lower() == ending:
+                yield [path]
         shards = _shards(place, split, ending)
         if shards:
             yield shards
-        inside = sorted((place / split).glob(f"*{ending}")) if (place / split).is_dir() else []
+        inside = [path for path in inner if path.name.lower().endswith(ending)]
         if inside:
             yield inside
 
 
+def _visible_files(folder: Path) -> list[Path]:
+    """Files in their order, without the hidden ones, which systems put beside those copied."""
+    if not folder.is_dir():
+        return []
+    return sorted(
+        path for path in folder.iterdir() if not path.name.startswith(".") and path.is_file()
+    )
+
+
 def _shards(place: Path, split: str, ending: str) -> list[Path]:
     pattern = re.compile(
-        rf"{re.escape(split)}-(\d+)-of-(\d+)(?:-[0-9a-f]+)?{re.escape(ending)}", re.ASCII
+        rf"{re.escape(split)}-(\d+)-of-(\d+)(?:-[0-9a-f]+)?(?i:{re.escape(ending)})", re.ASCII
     )
     found: dict[int, Path] = {}
     totals = set()
@@ -100,7 +113,7 @@ def _what_is_there(folder: Path, endings: Sequence[str]) -> str:
         str(path.relative_to(folder))
         for pattern in ("*", "*/*")
         for path in folder.glob(pattern)
-        if path.name.endswith(tuple(endings))
+        if path.name.lower().endswith(tuple(endings)) and not path.name.startswith(".")
     )
     if not files:
         return f"no file in it ends in {', '.join(endings)}"

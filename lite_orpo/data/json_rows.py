@@ -5,6 +5,7 @@ wrong, and columns whose type changes from row to row have to arrive as they are
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from itertools import chain, islice
 from pathlib import Path
@@ -15,17 +16,25 @@ from .bounded_file import MAX_LINE_BYTES, BoundedFile, NumberedLine
 from .row_source import LocatedRow, UnreadRow
 
 _SPACE = " \t\r\n"
+_LIST_OF_ROWS = re.compile(r"\s*\[\s*(?:\{|$)")
 
 
 def read_json_lines(path: Path) -> Iterator[LocatedRow]:
     """One row a line; blank lines are passed over.
 
     Raises:
-        DataError: the file is unreadable or damaged, or a line is no JSON.
+        DataError: the file is unreadable or damaged, a line is no JSON, or it is one JSON list.
     """
+    is_first = True
     with BoundedFile(path) as file:
         for line in file.lines():
             if line.text is None or line.text.strip():
+                if is_first and _LIST_OF_ROWS.match(line.text or ""):
+                    raise DataError(
+                        f"{path} line {line.number}: the file is one JSON list, not one row a "
+                        "line; name it .json"
+                    )
+                is_first = False
                 yield LocatedRow(f"line {line.number}", _row_of(line, path))
 
 

@@ -29,7 +29,7 @@ def read_parquet(path: Path) -> Iterator[LocatedRow]:
         with pq.ParquetFile(path) as file:
             _check_file(path, file)
             for batch in file.iter_batches(batch_size=BATCH_ROWS):
-                for row in batch.to_pylist():
+                for row in _rows_of(batch):
                     yield LocatedRow(f"row {number}", row)
                     number += 1
     except DataError:
@@ -40,6 +40,33 @@ def read_parquet(path: Path) -> Iterator[LocatedRow]:
         raise DataError(
             f"{path}{after}: cannot be read as parquet: {error}; copy or write it again"
         ) from None
+
+
+class ValueOutOfRange:
+    """Stands in for a value that Python has no type for, such as a date after the year 9999."""
+
+
+def _rows_of(batch: Any) -> list[dict[str, Any]]:
+    """Rows of a batch; a column that cannot be had in Python does not take the others along."""
+    try:
+        rows: list[dict[str, Any]] = batch.to_pylist()
+    except UnicodeDecodeError:
+        raise
+    except (ArithmeticError, ValueError):
+        columns = [_values_of(column) for column in batch.columns]
+        names = batch.schema.names
+        rows = [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
+    return rows
+
+
+def _values_of(column: Any) -> list[Any]:
+    try:
+        values: list[Any] = column.to_pylist()
+    except UnicodeDecodeError:
+        raise
+    except (ArithmeticError, ValueError):
+        return [ValueOutOfRange()] * len(column)
+    return values
 
 
 def count_parquet_rows(path: Path) -> int | None:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .preparation import LengthRule, PreparationReport, prepare_pairs
-from .sources import RowSource, dataset_source
+from .sources import RowSource, dataset_source, refuse_columns
 from .tokenization import Tokenizer
 
 
@@ -41,7 +41,12 @@ class PreparedSets:
         return prepared.dataset
 
     def prepare_each(self, name: str, dataset: Any) -> Any:
-        """The same, of each set of a mapping; or of a single one."""
+        """The same, of each set of a mapping; or of a single one.
+
+        Raises:
+            DataError: as `prepare`, or the mapping is one of columns.
+        """
         if is_mapping_of_sets(dataset):
+            refuse_columns(name, dataset)
             return {key: self.prepare(f"{name}[{key!r}]", rows) for key, rows in dataset.items()}
         return self.prepare(name, dataset)

@@ -6,21 +6,33 @@ other capitals, text beside the prompt that would be left out.
 """
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import RowProblem
-from .column_mapping import MappedRow
+from .column_mapping import CONTEXT_COLUMNS, MappedRow
 from .preference_row import Message
-from .row_values import check_messages, check_size, check_text, check_tools, kind_of, shown
+from .row_values import (
+    MAX_DEPTH,
+    check_column_text,
+    check_messages,
+    check_size,
+    check_text,
+    check_tools,
+    kind_of,
+    plain,
+    shown,
+)
 from .transcripts import is_transcript
 
 COMPLETION_COLUMNS = (("chosen", "rejected"), ("chosen_response", "rejected_response"))
 PROMPT_COLUMNS = ("prompt", "question", "instruction", "input")
-SYSTEM_COLUMNS = ("system", "system_prompt")
+SYSTEM_COLUMNS = ("system", "system_prompt", "system_message")
 TOOLS_COLUMN = "tools"
-# They hold what was said before in some data sets, and notes in others: never left out silently.
-CONTEXT_COLUMNS = ("context", "history", "conversation", "conversations")
+
+NO_ACCIDENT = 20
+"""Characters of a text that do not stand in another one by accident."""
 
 _PART_OF_NAME = {
     **{better: "chosen" for better, _ in COMPLETION_COLUMNS},
@@ -92,6 +104,7 @@ def read_parts(row: Any) -> RowParts:
         raise RowProblem("prompt", f"cannot be found: the row is {kind_of(row)}, not an object")
     mapping: Mapping[str, str | None] = row.mapping if isinstance(row, MappedRow) else {}
     names = {part: str(column) for part, column in mapping.items() if column is not None}
+    row = _with_plain_values(row)
     _refuse_near_misses(row, mapping)
     values: dict[str, Any] = {}
     for part, column in zip(("chosen", "rejected"), _completion_columns(row, mapping), strict=True):
@@ -107,7 +120,7 @@ def read_parts(row: Any) -> RowParts:
         columns=names,
     )
     parts.prompts = _prompts(row, mapping, names)
-    if "prompt" not in mapping and not _tell_all(parts):
+    if "prompt" not in mapping:
         _refuse_context(row, parts)
     if parts.prompts:
         names.setdefault("prompt", next(iter(parts.prompts)))
@@ -127,6 +140,17 @@ def read_parts(row: Any) -> RowParts:
     return parts
 
 
+def _with_plain_values(row: Mapping[Any, Any]) -> Mapping[Any, Any]:
+    values = {name: plain(value) for name, value in row.items()}
+    if all(values[name] is value for name, value in row.items()):
+        return row
+    if not isinstance(row, MappedRow):
+        return values
+    changed = copy(row)
+    changed.update(values)
+    return changed
+
+
 def _tell_all(parts: RowParts) -> bool:
     """Whether both completions are conversations from their beginning, so that nothing is lost."""
     return all(
@@ -136,15 +160,46 @@ def _tell_all(parts: RowParts) -> bool:
 
 
 def _refuse_context(row: Mapping[Any, Any], parts: RowParts) -> None:
-    for name in CONTEXT_COLUMNS:
-        if not _is_blank(row.get(name)):
-            # Beside a prompt it is more of it; without one, it may be the prompt itself.
-            main = next(iter(parts.prompts), name)
-            raise RowProblem(
-                name,
-                "would be left out; put it into the prompt, or say which column the whole prompt "
-                f"is: column_mapping: {{prompt: {main}}}",
-            )
+    names = [name for name in CONTEXT_COLUMNS if not _is_blank(row.get(name))]
+    if not names:
+        return
+    prompts = _texts_in(list(parts.prompts.values()))
+    answers = _texts_in([parts.chosen, parts.rejected])
+    tells_all = _tell_all(parts)
+    for name in names:
+        # Where it came from: its last answer may be one that was neither chosen nor rejected.
+        if tells_all and name in ("conversation", "conversations"):
+            continue
+        told = prompts | answers if tells_all or name == "messages" else prompts
+        if all(_is_told(text, told) for text in _texts_in(row.get(name))):
+            continue
+        # Beside a prompt it is more of it; without one, it may be the prompt itself.
+        main = next(iter(parts.prompts), name)
+        whole = f"say which column the whole prompt is: column_mapping: {{prompt: {main}}}, or "
+        raise RowProblem(
+            name,
+            f"would be left out; put it into the prompt, {'' if tells_all else whole}"
+            f"leave it out by column_mapping: {{{name}: null}}",
+        )
+
+
+def _texts_in(value: Any, depth: int = 0) -> set[str]:
+    """What is said in a value, however nested: its texts, squeezed, without roles."""
+    if isinstance(value, str):
+        text = " ".join(value.split())
+        return {text} if text else set()
+    if isinstance(value, Mapping):
+        said = [value[key] for key in ("content", "value") if key in value]
+        values = said if said and {"role", "from"} & set(value) else list(value.values())
+    else:
+        values = list(value) if isinstance(value, (list, tuple)) else []
+    if depth > MAX_DEPTH:
+        return {""} if values else set()
+    return {text for item in values for text in _texts_in(item, depth + 1)}
+
+
+def _is_told(text: str, told: set[str]) -> bool:
+    return text in told or (len(text) >= NO_ACCIDENT and any(text in other for other in told))
 
 
 def _refuse_near_misses(row: Mapping[Any, Any], mapping: Mapping[str, Any]) -> None:
@@ -223,6 +278,7 @@ def _system(row: Mapping[Any, Any], mapping: Mapping[str, Any], names: dict[str,
     if mapping.get("system", "") is None:
         return ""
     columns: Sequence[str] = ("system",) if "system" in mapping else SYSTEM_COLUMNS
+    found: dict[str, str] = {}
     for column in columns:
         name = names.get("system", column)
         value = row.get(column)
@@ -232,9 +288,20 @@ def _system(row: Mapping[Any, Any], mapping: Mapping[str, Any], names: dict[str,
             continue
         if not isinstance(value, str):
             raise RowProblem(name, f"must be text, found {kind_of(value)}")
-        names["system"] = name
-        return check_text(name, value) if value.strip() else ""
-    return ""
+        if value.strip():
+            found[name] = check_text(name, value)
+    if not found:
+        return ""
+    (first, system), *others = found.items()
+    for name, other in others:
+        if other.strip() != system.strip():
+            raise RowProblem(
+                name,
+                f"and column {first!r} could both be the system message, and differ; join them, or "
+                f"set column_mapping: {{system: {first}}}",
+            )
+    names["system"] = first
+    return system
 
 
 def _tools(
@@ -252,7 +319,7 @@ def _checked(column: str, value: Any) -> Value:
     if isinstance(value, str):
         if not value.strip():
             raise RowProblem(column, "is empty or white space only")
-        return check_text(column, value)
+        return check_column_text(column, value)
     messages = check_messages(column, value)
     if not any(message["content"].strip() or message.get("tool_calls") for message in messages):
         raise RowProblem(column, "is empty or white space only")
@@ -261,7 +328,7 @@ def _checked(column: str, value: Any) -> Value:
 
 def _checked_prompt(column: str, value: Any) -> Value:
     if isinstance(value, str):
-        return check_text(column, value)
+        return check_column_text(column, value)
     if isinstance(value, list):
         return check_messages(column, value)
     raise RowProblem(column, f"must be text or a list of messages, found {kind_of(value)}")

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from ..errors import RowProblem
 from .preference_row import Message, PreferenceRow
-from .row_columns import RowParts, Value
-from .transcripts import is_transcript, split_transcripts
+from .row_columns import NO_ACCIDENT, RowParts, Value
+from .transcripts import begins_transcript, is_transcript, split_transcripts
 
 
 class RowFormat(NamedTuple):
@@ -32,8 +32,8 @@ def format_of(parts: RowParts) -> RowFormat:
             return candidate
     raise RowProblem(
         "prompt",
-        "is missing, and plain text gives no sign where a prompt ends; add the column, or set "
-        "column_mapping: {prompt: ...}",
+        "is missing, and plain text gives no sign where a prompt ends; add or fill the column, or "
+        "set column_mapping: {prompt: ...}",
     )
 
 
@@ -41,9 +41,10 @@ def format_of(parts: RowParts) -> RowFormat:
 
 
 def _are_transcripts(parts: RowParts) -> bool:
-    if not (_are_texts(parts) and parts.has_no_prompt):
+    if not _are_texts(parts):
         return False
-    return is_transcript(str(parts.chosen)) or is_transcript(str(parts.rejected))
+    found = [is_transcript(str(value)) for value in (parts.chosen, parts.rejected)]
+    return any(found) if parts.has_no_prompt else all(found)
 
 
 def _are_texts(parts: RowParts) -> bool:
@@ -94,6 +95,17 @@ def _read_transcripts(parts: RowParts) -> PreferenceRow:
     for part, value in (("system", parts.system), ("tools", parts.tools)):
         if value:
             raise RowProblem(part, "has no place in a transcript; give messages")
+    for name, prompt in parts.prompts.items():
+        if isinstance(prompt, str) and not prompt.strip():
+            continue
+        if not isinstance(prompt, str) or not all(
+            begins_transcript(prompt, str(value)) for value in (parts.chosen, parts.rejected)
+        ):
+            raise RowProblem(
+                name,
+                "is not what both transcripts begin with; to take the prompt from those, set "
+                "column_mapping: {prompt: null}",
+            )
     return split_transcripts(str(parts.chosen), str(parts.rejected))
 
 
@@ -109,12 +121,7 @@ def _read_turns(parts: RowParts) -> PreferenceRow:
 
 def _read_messages_and_texts(parts: RowParts) -> PreferenceRow:
     prompt = _messages(parts.prompt)
-    if prompt[-1]["role"] == "assistant":
-        raise RowProblem(
-            "prompt",
-            "ends with a message of the assistant, and the completions are text: it is in doubt "
-            "whether they go on with it or answer anew; give them as messages",
-        )
+    _refuse_begun_answer(prompt, "and the completions are text")
     return _conversation(parts, prompt, _answer(parts.chosen), _answer(parts.rejected))
 
 
@@ -131,16 +138,36 @@ def _read_told_twice(parts: RowParts) -> PreferenceRow:
         return _after(parts, _messages(parts.prompt))
     if not shared:
         raise RowProblem("rejected", "and column 'chosen' begin with different messages")
-    contents = [_squeezed(message["content"]) for message in shared]
     for name, prompt in parts.prompts.items():
-        text = _squeezed(prompt)
-        if not any(text in content or (content and content in text) for content in contents):
+        if not _is_told_in(str(prompt), shared):
             raise RowProblem(
                 name,
                 "is not among the messages that both conversations begin with; to take the prompt "
                 "from those, set column_mapping: {prompt: null}",
             )
     return _after(parts, shared)
+
+
+def _is_told_in(prompt: str, messages: list[Message]) -> bool:
+    """Whether nothing of a prompt is lost by taking the messages in its place.
+
+    It is one of them or several in a row, joined; or all of it stands in one, if it is long enough
+    for that to be no accident, or a line of it.
+    """
+    text = _squeezed(prompt)
+    contents = [_squeezed(message["content"]) for message in messages]
+    for first in range(len(contents)):
+        joined = ""
+        for content in contents[first:]:
+            joined = f"{joined} {content}".strip()
+            if joined == text:
+                return True
+            if len(joined) > len(text):
+                break
+    lines = {_squeezed(line) for message in messages for line in message["content"].splitlines()}
+    return text in lines or (
+        len(text) >= NO_ACCIDENT and any(text in content for content in contents)
+    )
 
 
 def _read_messages(parts: RowParts) -> PreferenceRow:
@@ -183,7 +210,18 @@ def _conversation(
                     f"{verb} with a message of role {message['role']!r}, "
                     "not with the assistant's answer",
                 )
+    _refuse_begun_answer(prompt, "and the completions begin with another")
     return PreferenceRow(_with_system(parts, prompt), chosen, rejected, parts.tools)
+
+
+def _refuse_begun_answer(prompt: list[Message], completions: str) -> None:
+    if prompt[-1]["role"] == "assistant":
+        raise RowProblem(
+            "prompt",
+            f"ends with a message of the assistant, {completions}: it is in doubt whether they go "
+            "on with it or answer anew; end the prompt with what is answered, and give each "
+            "answer whole",
+        )
 
 
 def _with_system(parts: RowParts, prompt: list[Message]) -> list[Message]:

@@ -31,6 +31,13 @@ def shown(value: Any) -> str:
     return repr(value if len(value) <= 40 else f"{value[:40]}...")
 
 
+def plain(value: Any) -> Any:
+    """Tuples, and numpy's arrays and texts, as what a file would have held; the rest as it is."""
+    if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
+        return value.tolist()
+    return list(value) if isinstance(value, tuple) else value
+
+
 def check_text(column: str, text: str) -> str:
     """The text as it is, if it can be tokenised.
 
@@ -50,6 +57,22 @@ def check_text(column: str, text: str) -> str:
         raise RowProblem(
             column,
             "is a list of messages written as text; store it as a list (JSON lines, parquet)",
+        )
+    return text
+
+
+def check_column_text(column: str, text: str) -> str:
+    """The text as `check_text` has it, of a whole column: no JSON of messages either.
+
+    Raises:
+        RowProblem: as `check_text`, or the text is JSON of messages, whatever their layout.
+    """
+    check_text(column, text)
+    if _is_json_of_messages(text):
+        raise RowProblem(
+            column,
+            "is messages written as text; store it as a list of objects with 'role' and 'content' "
+            "(JSON lines, parquet)",
         )
     return text
 
@@ -141,7 +164,8 @@ def _without_nulls(column: str, value: Any, depth: int = 0) -> Any:
             for key, item in value.items()
             if item is not None
         }
-    if isinstance(value, (list, tuple)):
+    value = plain(value)
+    if isinstance(value, list):
         return [_without_nulls(column, item, depth + 1) for item in value]
     return check_text(column, value) if isinstance(value, str) else value
 
@@ -154,6 +178,22 @@ def _size(value: Any) -> int:
     if isinstance(value, list):
         return sum(_NODE_COST + _size(item) for item in value)
     return _NODE_COST
+
+
+def _is_json_of_messages(text: str) -> bool:
+    text = text.strip()
+    if (text[:1], text[-1:]) not in (("[", "]"), ("{", "}")):
+        return False
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    messages = value if isinstance(value, list) else [value]
+    return any(
+        isinstance(message, dict)
+        and ({"role", "content"} <= set(message) or {"from", "value"} <= set(message))
+        for message in messages
+    )
 
 
 def _is_message_list_as_text(text: str) -> bool:

@@ -42,6 +42,9 @@ READERS: dict[str, Callable[[Path], Iterator[LocatedRow]]] = {
 }
 """How a file is read, by the end of its name."""
 
+FOREIGN_FORMATS = ("arrow", "jax", "numpy", "pandas", "polars", "tensorflow", "torch")
+"""Of `datasets`' formats, those whose rows are the same rows in other types."""
+
 
 def open_source(
     name: str,
@@ -110,6 +113,7 @@ def _wrap(name: str, dataset: Any) -> RowSource:
     if isinstance(dataset, dict):
         if hasattr(dataset, "column_names") and "train" in dataset:  # a DatasetDict
             return _wrap(f"{name}['train']", dataset["train"])
+        refuse_columns(name, dataset)
         splits = ", ".join(repr(str(split)) for split in dataset)
         raise DataError(f"{name} is a dictionary of splits ({splits}); pass one of them")
     if isinstance(dataset, str | bytes):
@@ -119,15 +123,68 @@ def _wrap(name: str, dataset: Any) -> RowSource:
         )
     if hasattr(dataset, "iloc"):
         raise DataError(f"{name} is a data frame; pass datasets.Dataset.from_pandas(...) of it")
+    dataset = _in_python(dataset)
     if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"):
         rows: Callable[[], Iterable[Any]] = lambda: (dataset[i] for i in range(len(dataset)))  # noqa: E731
         return RowSource(name, lambda: _located(rows()), len(dataset))
     if isinstance(dataset, Iterator):
         return RowSource(name, _OnlyOnce(name, dataset).read, None)
     if hasattr(dataset, "__iter__"):
-        return RowSource(name, lambda: _located(dataset), None)
+        return RowSource(name, _ReadAnew(name, dataset).read, None)
     raise DataError(
         f"{name} is a {type(dataset).__name__} and has no rows; pass a data set or a list of rows"
+    )
+
+
+def refuse_columns(name: str, dataset: Any) -> None:
+    """Refuse a dictionary of columns, which looks like one of splits.
+
+    Raises:
+        DataError: the values of the dictionary are no rows; names the remedy.
+    """
+    firsts = [
+        next(iter(values), None) if isinstance(values, (list, tuple)) else None
+        for values in dataset.values()
+    ]
+    is_columns = {"chosen", "rejected"} & set(dataset) or any(isinstance(a, str) for a in firsts)
+    if is_columns and not hasattr(dataset, "column_names"):
+        columns = ", ".join(repr(str(column)[:40]) for column in [*dataset][:8])
+        raise DataError(
+            f"{name} is a dictionary of columns ({columns}); pass "
+            "datasets.Dataset.from_dict(...) of it, or a list of rows"
+        )
+
+
+def _in_python(dataset: Any) -> Any:
+    """A `datasets` data set whose rows are Python's, whatever `with_format` made of them."""
+    form = getattr(dataset, "format", None)
+    if not isinstance(form, dict) or form.get("type") not in FOREIGN_FORMATS:
+        return dataset
+    return dataset.with_format(
+        None, columns=form["columns"], output_all_columns=form["output_all_columns"]
+    )
+
+
+class _ReadAnew:
+    """The rows of what can be iterated again; that it is not what gives the same iterator twice."""
+
+    def __init__(self, name: str, rows: Iterable[Any]) -> None:
+        self._name = name
+        self._rows = rows
+        self._last: Iterator[Any] | None = None
+
+    def read(self) -> Iterator[LocatedRow]:
+        rows = iter(self._rows)
+        if rows is self._last:
+            raise _read_before(self._name)
+        self._last = rows
+        return _located(rows)
+
+
+def _read_before(name: str) -> DataError:
+    return DataError(
+        f"{name} is a generator and has been read; pass a list or a data set where "
+        "the rows are needed again"
     )
 
 
@@ -146,10 +203,7 @@ class _OnlyOnce:
 
     def read(self) -> Iterator[LocatedRow]:
         if self._is_read:
-            raise DataError(
-                f"{self._name} is a generator and has been read; pass a list or a data set where "
-                "the rows are needed again"
-            )
+            raise _read_before(self._name)
         self._is_read = True
         return _located(self._rows)
 

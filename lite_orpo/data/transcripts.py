@@ -18,6 +18,18 @@ def is_transcript(text: str) -> bool:
     return text.lstrip().startswith(HUMAN) and ASSISTANT in text
 
 
+def begins_transcript(prompt: str, transcript: str) -> bool:
+    """Whether a transcript begins with a prompt, written with the marks of its turns or without.
+
+    The prompt is whole turns: "What is" does not begin "Human: What is tea?".
+    """
+    text = prompt.strip().removesuffix(ASSISTANT.strip()).strip()
+    begun = transcript.strip()
+    if not text.startswith(HUMAN):
+        begun = begun.removeprefix(HUMAN).lstrip()
+    return begun.startswith(text) and begun[len(text) :].startswith((NEXT_TURN, ASSISTANT))
+
+
 def split_transcripts(chosen: str, rejected: str) -> PreferenceRow:
     """Part prompt and completions.
 

@@ -47,6 +47,16 @@ def test_a_system_of_null_leaves_the_column_out():
     ]
 
 
+@pytest.mark.parametrize("column", ["context", "messages", "document", "conversation_history"])
+def test_a_context_of_null_leaves_the_column_out(column):
+    row = {"prompt": "q", "chosen": "a", "rejected": "b", column: "More than that was said."}
+    assert parse_row(mapped(row, {column: None}))[:3] == ("q", "a", "b")
+    with pytest.raises(RowProblem, match=f"column_mapping: {{{column}: null}}"):
+        parse_row(row)
+    with pytest.raises(DataError, match="is none of"):
+        mapped(row, {column: "other"})
+
+
 def test_completions_may_be_swapped():
     row = {"prompt": "q", "chosen": "a", "rejected": "b"}
     parsed = parse_row(mapped(row, {"chosen": "rejected", "rejected": "chosen"}))

@@ -184,9 +184,11 @@ def test_an_answer_that_looks_like_a_number_or_nothing_stays_text(tmp_path, answ
     assert read(path)[0].row["chosen"] == answer
 
 
-def test_messages_written_as_json_are_messages(tmp_path):
+@pytest.mark.parametrize("indent", [None, 1], ids=["compact", "indented"])
+def test_messages_written_as_json_are_messages(tmp_path, indent):
     path = tmp_path / "a.csv"
-    path.write_bytes(csv_bytes([{key: json.dumps(value) for key, value in CHAT.items()}]))
+    cells = {key: json.dumps(value, indent=indent) for key, value in CHAT.items()}
+    path.write_bytes(csv_bytes([cells]))
     assert parse_row(read(path)[0].row)[:3] == tuple(CHAT.values())
 
 
@@ -195,6 +197,43 @@ def test_messages_written_as_python_are_refused(tmp_path):
     path.write_bytes(csv_bytes([{key: str(value) for key, value in CHAT.items()}]))
     with pytest.raises(RowProblem, match="a list of messages written as text"):
         parse_row(read(path)[0].row)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['prompt, "chosen", rejected\nq,a,b\n', 'prompt,chosen,rejected\nq, "a", b\n',
+     'prompt,chosen,rejected\n "q",a,b\n', 'prompt,chosen,rejected\nq, "a\nc", b\n'],
+    ids=["names", "cells", "first-cell", "over-lines"],
+)  # fmt: skip
+def test_a_space_before_an_opening_quote_is_refused(tmp_path, text):
+    path = tmp_path / "a.csv"
+    path.write_text(text)
+    line = 1 if '"chosen"' in text else 2
+    assert f"line {line}: " in refused(path)
+
+
+def test_a_quote_after_a_space_inside_a_cell_is_text(tmp_path):
+    row = {"prompt": 'he said, "no"', "chosen": ' "Yes."', "rejected": ' "a", "b"\n "c"'}
+    path = tmp_path / "a.csv"
+    path.write_bytes(csv_bytes([row]))
+    assert read(path)[0].row == row
+
+
+@pytest.mark.parametrize("cell", ["", " "], ids=["empty", "blank"])
+def test_an_empty_cell_is_null_and_no_empty_prompt(tmp_path, cell):
+    path = tmp_path / "a.csv"
+    path.write_text(f"prompt,chosen,rejected\n{cell},yes,no\n")
+    row = read(path)[0].row
+    assert row == {"prompt": None, "chosen": "yes", "rejected": "no"}
+    with pytest.raises(RowProblem, match="column 'prompt' is missing, "):
+        parse_row(row)
+
+
+@pytest.mark.parametrize("indent", [None, 1], ids=["one-line", "pretty"])
+def test_a_json_list_named_jsonl_is_called_one(tmp_path, indent):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(ROWS, indent=indent))
+    assert "line 1: the file is one JSON list, not one row a line; name it .json" in refused(path)
 
 
 def test_a_nameless_index_column_and_blank_lines_do_no_harm(tmp_path):
@@ -267,3 +306,19 @@ def test_two_parquet_columns_of_one_name_are_refused(tmp_path):
     table = pa.table([["a"], ["b"]], names=["chosen", "chosen"])
     pq.write_table(table, tmp_path / "a.parquet")
     assert "column 'chosen' stands there twice" in refused(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize(
+    "dates",
+    [pa.array([2**30], pa.date32()), pa.array([2**62], pa.timestamp("us")),
+     pa.array([2**62], pa.duration("s")), pa.array([[2**62]], pa.list_(pa.timestamp("us")))],
+    ids=["date", "timestamp", "duration", "list"],
+)  # fmt: skip
+def test_dates_outside_pythons_range_do_not_take_the_other_columns_along(tmp_path, dates):
+    path = tmp_path / "a.parquet"
+    texts = {part: pa.array([part]) for part in ("prompt", "chosen", "rejected")}
+    pq.write_table(pa.table({**texts, "at": dates}), path)
+    assert parse_row(read(path)[0].row)[:3] == ("prompt", "chosen", "rejected")
+    pq.write_table(pa.table({**texts, "chosen": dates}), path)
+    with pytest.raises(RowProblem, match="column 'chosen' must be text or a list of messages"):
+        parse_row(read(path)[0].row)

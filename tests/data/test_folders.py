@@ -34,6 +34,9 @@ def rows_of(folder, split="train", **options):
         ["train-00000-of-00002-1f2e3d.parquet", "train-00001-of-00002-4c5b6a.parquet"],
         ["default/train/0000.parquet", "default/train/0001.parquet"],
         ["train/a.jsonl", "train/b.jsonl"],
+        ["train.JSONL"],
+        ["train/a.JSONL", "train/b.JSONL"],
+        ["train-00000-of-00002.JSONL", "train-00001-of-00002.JSONL"],
     ],
     ids=lambda names: names[0],
 )
@@ -44,6 +47,16 @@ def test_the_layouts_of_hub_snapshots_are_read_in_their_order(tmp_path, names):
     (tmp_path / "README.md").write_text("# data")
     assert rows_of(tmp_path) == ROWS[: 2 * len(names)]
     assert rows_of(tmp_path, "test") == ROWS[3:]
+
+
+def test_hidden_files_are_no_shards(tmp_path):
+    write(tmp_path / "train" / "a.jsonl")
+    write(tmp_path / "more" / "b.jsonl")
+    for name in (".DS_Store", "._a.jsonl", "train/._a.jsonl", "train/.DS_Store", "more/._b.jsonl"):
+        (tmp_path / name).write_bytes(b"\0\5\x16\7")
+    assert rows_of(tmp_path) == ROWS
+    with pytest.raises(SplitMissing, match=r"found more/b\.jsonl, train/a\.jsonl; name"):
+        rows_of(tmp_path, "test")
 
 
 def test_a_configuration_is_a_sub_folder(tmp_path):

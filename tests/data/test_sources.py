@@ -5,8 +5,11 @@ import json
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 
+from lite_orpo.data.prepared_sets import PreparedSets
+from lite_orpo.data.rows import parse_row
 from lite_orpo.data.sources import SplitMissing, dataset_source, open_source
 from lite_orpo.errors import DataError, HubError
 
@@ -188,6 +191,63 @@ def test_a_stream_is_read_again_and_a_generator_once():
     source = dataset_source("train_dataset", (row for row in ROWS))
     assert [row for _, row in source.read()] == ROWS
     assert "is a generator and has been read" in refused(source.read)
+
+
+def test_an_object_that_gives_its_generator_twice_is_read_once():
+    class Once:
+        def __init__(self):
+            self._rows = (row for row in ROWS)
+
+        def __iter__(self):
+            return self._rows
+
+    source = dataset_source("train_dataset", Once())
+    assert [row for _, row in source.read()] == ROWS
+    assert "is a generator and has been read" in refused(source.read)
+
+
+def test_a_dictionary_of_columns_is_called_one():
+    columns = {part: [row[part] for row in ROWS] for part in ROWS[0]}
+    for data in (columns, {**columns, "chosen": [[]], "prompt": []}, {"q": ["a"], "good": ["b"]}):
+        message = refused(lambda data=data: dataset_source("train_dataset", data))
+        assert "train_dataset is a dictionary of columns ('" in message
+        assert "datasets.Dataset.from_dict(...)" in message
+
+
+def test_evaluation_sets_that_are_columns_are_called_so():
+    sets = PreparedSets(None, None, "skip")
+    message = refused(lambda: sets.prepare_each("eval_dataset", {"prompt": ["q"], "chosen": ["a"]}))
+    assert "eval_dataset is a dictionary of columns ('prompt', 'chosen')" in message
+
+
+CHAT = {
+    "prompt": [{"role": "user", "content": "q"}],
+    "chosen": [{"role": "assistant", "content": "a"}],
+    "rejected": [{"role": "assistant", "content": "b"}],
+}
+
+
+@pytest.mark.parametrize("form", ["numpy", "pandas", "arrow"])
+@pytest.mark.parametrize("row", [ROWS[0], CHAT], ids=["text", "messages"])
+def test_the_format_of_a_data_set_does_not_change_its_rows(form, row):
+    table = datasets.Dataset.from_list([{**row, "source": "forum"}] * 2)
+    read = dataset_source("train_dataset", table.with_format(form, columns=list(row))).read()
+    assert [row for _, row in read] == [row, row]
+
+
+@pytest.mark.parametrize("mapping", [None, {"prompt": "prompt"}], ids=["plain", "mapped"])
+@pytest.mark.parametrize(
+    "kind", [tuple, lambda messages: np.array(messages, dtype=object)], ids=["tuple", "array"]
+)
+def test_messages_may_be_in_a_tuple_or_an_array(kind, mapping):
+    row = {part: kind(messages) for part, messages in CHAT.items()}
+    located = next(iter(dataset_source("train_dataset", [row], mapping).read()))
+    assert parse_row(located.row)[:3] == tuple(CHAT.values())
+
+
+def test_texts_of_numpy_are_texts():
+    row = {part: np.str_(part) for part in CHAT}
+    assert parse_row(row)[:3] == ("prompt", "chosen", "rejected")
 
 
 @pytest.mark.parametrize(

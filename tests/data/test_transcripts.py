@@ -64,3 +64,25 @@ def test_a_transcript_with_a_prompt_column_is_plain_text():
     prompt = "\n\nHuman: Hi\n\nAssistant:"
     row = parse_row({"prompt": prompt, "chosen": " Hello", "rejected": " Go"})
     assert row[:3] == (prompt, " Hello", " Go")
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [FIRST, FIRST.strip(), "Is tea healthy?", "Human: Is tea healthy?",
+     "\n\nHuman: Is tea healthy?\n\nAssistant:"],
+    ids=["whole", "stripped", "question", "marked", "first-turn"],
+)  # fmt: skip
+def test_a_prompt_that_the_transcripts_begin_with_is_not_doubled(prompt):
+    row = parse_row({"prompt": prompt, "chosen": FIRST + " Yes", "rejected": FIRST + " No"})
+    assert row[:3] == (FIRST, " Yes", " No")
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["Is tea", "Be kind.", FIRST + " Yes", [{"role": "user", "content": "Is tea healthy?"}]],
+    ids=["half-a-turn", "other", "with-an-answer", "messages"],
+)
+def test_a_prompt_beside_transcripts_that_do_not_begin_with_it_is_refused(prompt):
+    with pytest.raises(RowProblem, match="{prompt: null}") as caught:
+        parse_row({"prompt": prompt, "chosen": FIRST + " Yes", "rejected": FIRST + " No"})
+    assert caught.value.column == "prompt"
