@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from ..errors import DataError, RowProblem
 from .chat_template import TemplateRunaway
 from .parsed_rows import parsed_chunks, tokenized
+from .preparation_report import TOOLS
 from .preparation_report import PreparationReport as PreparationReport
 from .rows import PreferenceRow
 from .sources import RowSource
@@ -112,7 +113,9 @@ def _records(
             report.kept += 1
             report.cut += len(fitted.prompt) < len(outcome.pair.prompt)
             report.repeated_prompt_rows += _repeats_prompt(item.row)
-            report.unseen_tools_rows += bool(item.row.tools) and not shows_tools
+            report.unwritten_rows.update(outcome.unwritten)
+            if item.row.tools and not shows_tools:
+                report.unwritten_rows[TOOLS] += 1
             if outcome.special_text is not None:
                 report.add_special_text(item.place, outcome.special_text)
             yield {

@@ -9,6 +9,7 @@ from tiny_tokenizer import CHATML, char_tokenizer
 
 from lite_orpo.data import parsed_rows, preparation, template_limits
 from lite_orpo.data.preparation import LengthRule, prepare_pairs
+from lite_orpo.data.preparation_report import TOOLS
 from lite_orpo.data.sources import dataset_source, open_source
 from lite_orpo.errors import DataError
 
@@ -198,8 +199,22 @@ def test_tools_that_the_template_does_not_write_are_counted(shows):
     tokenizer = char_tokenizer(template=CHATML + ("{{ tools }}" if shows else ""))
     tool = {"type": "function", "function": {"name": "clock"}}
     _, report = prepare([{**chat_of("hi"), "tools": [tool]}, chat_of("ho")], tokenizer)
-    assert report.unseen_tools_rows == (not shows)
+    assert report.unwritten_rows[TOOLS] == (not shows)
     assert ("1 rows bring tools" in "".join(report.lines())) == (not shows)
+
+
+def test_parts_that_the_template_leaves_out_are_counted_and_shown():
+    template = "{% for m in messages if m.role != 'system' %}{{ m.content[:9] }}!{% endfor %}"
+    system = {"role": "system", "content": "be kind"}
+    told = {**chat_of("hi"), "prompt": [system, *chat_of("hi")["prompt"]]}
+    long = {**chat_of("hi"), "chosen": [{"role": "assistant", "content": "yes, with pleasure"}]}
+    _, report = prepare([told, told, long, chat_of("hi")], char_tokenizer(template=template))
+    assert report.lines()[1:] == [
+        "  2 rows have a system message, which the chat template does not write, or not all of it: "
+        "the model never sees it",
+        "  1 rows have completions of which the chat template leaves words out (thoughts, say): "
+        "they are not trained on",
+    ]
 
 
 def test_a_template_that_loops_ends_the_run_at_its_row_whatever_the_policy(monkeypatch):

@@ -1,11 +1,22 @@
 """Eight chat template styles: each gives its goldens, and what holds in them for any text."""
 
+import copy
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from template_goldens import GOLDENS, WITH_WORDS, assistant, row_with_words, user
-from template_styles import STYLES, shown, styled_tokenizer
+from template_goldens import GOLDENS, SYSTEM, WITH_WORDS, assistant, row_with_words, user
+from template_styles import (
+    LATE_SYSTEM,
+    NO_SYSTEM,
+    REWRITTEN_THOUGHTS,
+    STRIPPED_THOUGHTS,
+    STYLES,
+    shown,
+    styled_tokenizer,
+)
 
+from lite_orpo.data.chat_template import COMPLETION_WORDS, SYSTEM_MESSAGE
 from lite_orpo.data.padded_rows import padded_row_batch
 from lite_orpo.data.row_batch import PlannedPair
 from lite_orpo.data.rows import PreferenceRow
@@ -91,6 +102,72 @@ def test_the_scored_labels_of_a_padded_batch_decode_to_the_answers(style, tokeni
         assert labels[-1] == tokenizer.eos_token_id
         assert tokenizer.decode(labels, skip_special_tokens=True).strip() == answer
     assert batch.inputs["attention_mask"].sum() == batch.tokens
+
+
+def outcome_with(template, prompt, chosen, rejected):
+    tokenizer = copy.deepcopy(styled_tokenizer("chatml"))
+    tokenizer.chat_template = template
+    row = PreferenceRow(prompt, [assistant(chosen)], [assistant(rejected)])
+    return RowTokenizer(tokenizer).rows([row])[0], tokenizer
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        [SYSTEM, user("hi")],
+        [SYSTEM, user("be kind")],
+        [SYSTEM, user("be quick")],
+        [SYSTEM, user("hi"), assistant("you"), user("sure?")],
+    ],
+)
+def test_a_system_message_that_is_only_before_the_last_users_turn_is_refused(prompt):
+    problem, _ = outcome_with(LATE_SYSTEM, prompt, "yes", "no")
+    assert isinstance(problem, RowProblem)
+    assert problem.column == "prompt"
+    assert "messages of it then stand elsewhere or nowhere" in problem.problem
+
+
+def test_the_same_template_without_a_system_message_is_fine():
+    outcome, tokenizer = outcome_with(LATE_SYSTEM, [user("hi")], "yes", "no")
+    assert shown_pair(tokenizer, outcome.pair) == (
+        "[INST]Ġhi[/INST]",
+        "Ġyes«<|im_end|>»",
+        "Ġno«<|im_end|>»",
+    )
+    assert outcome.unwritten == frozenset()
+
+
+@pytest.mark.parametrize("name", STYLES)
+def test_what_a_style_writes_is_not_told_to_be_left_out(name):
+    tokenizer = styled_tokenizer(name)
+    rows = [row for row, goldens in GOLDENS.values() if name in goldens]
+    for outcome in RowTokenizer(tokenizer).rows(rows):
+        assert outcome.unwritten == frozenset()
+
+
+@pytest.mark.parametrize("role", ["system", "developer"])
+def test_a_system_message_that_the_template_does_not_write_is_told(role):
+    template = NO_SYSTEM.replace("m['role'] != 'system'", f"m['role'] != '{role}'")
+    prompt = [{"role": role, "content": "be kind"}, user("hi")]
+    outcome, _ = outcome_with(template, prompt, "yes", "no")
+    assert outcome.unwritten == {SYSTEM_MESSAGE}
+    outcome, _ = outcome_with(template, [user("hi")], "yes", "no")
+    assert outcome.unwritten == frozenset()
+
+
+@pytest.mark.parametrize(
+    ("template", "chosen", "unwritten"),
+    [
+        (STRIPPED_THOUGHTS, "<think>\nwell\n</think>yes", {COMPLETION_WORDS}),
+        (STRIPPED_THOUGHTS, "yes", set()),
+        (REWRITTEN_THOUGHTS, "<think>well</think>yes", set()),
+        (REWRITTEN_THOUGHTS, "so <think>well</think>yes", {COMPLETION_WORDS}),
+        (REWRITTEN_THOUGHTS, "yes", set()),
+    ],
+)
+def test_words_of_an_answer_that_the_template_leaves_out_are_told(template, chosen, unwritten):
+    outcome, _ = outcome_with(template, [user("hi")], chosen, "no")
+    assert outcome.unwritten == unwritten
 
 
 def controls(tokenizer, pair):
