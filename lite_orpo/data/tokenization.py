@@ -76,7 +76,7 @@ def tokenize_pair(row: PreferenceRow, tokenizer: Tokenizer) -> TokenizedPair:
         DataError: messages, but the tokenizer has no chat template, or one that loops or is no
             valid Jinja; or the tokenizer has no EOS.
         RowProblem: the chat template refuses the row, writes its prompt elsewhere once an answer
-            follows, or leaves a completion empty.
+            follows, or leaves a completion empty or both the same.
     """
     outcome = RowTokenizer(tokenizer).rows([row])[0]
     if isinstance(outcome, Exception):
@@ -239,6 +239,10 @@ class RowTokenizer:
         pair = TokenizedPair(
             self._begun(prompt), self._ended(chosen, "chosen"), self._ended(rejected, "rejected")
         )
+        if pair.chosen == pair.rejected:
+            raise RowProblem(
+                "rejected", "is identical to column 'chosen' once tokenised: nothing to prefer"
+            )
         return TokenizedRow(pair, special_text, passages.unwritten)
 
     def _behind(self, prompt: list[int], both: list[int], completion: Passage) -> list[int]:

@@ -3,7 +3,7 @@
 import copy
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from template_goldens import GOLDENS, SYSTEM, WITH_WORDS, assistant, row_with_words, user
 from template_styles import (
@@ -170,6 +170,13 @@ def test_words_of_an_answer_that_the_template_leaves_out_are_told(template, chos
     assert outcome.unwritten == unwritten
 
 
+def test_answers_that_differ_in_stripped_thoughts_alone_are_refused():
+    thoughts = [f"<think>{thought}</think>yes" for thought in ("well", "bad")]
+    problem, _ = outcome_with(STRIPPED_THOUGHTS, [user("hi")], *thoughts)
+    assert isinstance(problem, RowProblem)
+    assert "identical to column 'chosen' once tokenised" in problem.problem
+
+
 def controls(tokenizer, pair):
     special = set(tokenizer.added_tokens_decoder) - {tokenizer.unk_token_id}
     return [[id for id in ids if id in special] for ids in pair]
@@ -201,6 +208,7 @@ def test_no_text_adds_a_control_token_or_takes_one_away(name, data):
     tokenizer = styled_tokenizer(name)
     texts = texts_with_special_tokens(STYLES[name])
     asked, good, bad = data.draw(texts), data.draw(texts), data.draw(texts)
+    assume(good != bad)
     pair = tokenize_pair(
         PreferenceRow([user(asked)], [assistant(good)], [assistant(bad)]), tokenizer
     )
@@ -220,6 +228,7 @@ def test_plain_texts_come_back_whole_between_one_bos_and_one_eos(name, data):
     tokenizer = styled_tokenizer(name)
     texts = texts_with_special_tokens(STYLES[name])
     row = PreferenceRow(data.draw(texts), data.draw(texts), data.draw(texts))
+    assume(row.chosen != row.rejected)
     pair = tokenize_pair(row, tokenizer)
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     eos = [tokenizer.eos_token_id]

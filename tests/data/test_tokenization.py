@@ -100,6 +100,25 @@ def test_an_answer_that_the_template_leaves_out_is_refused():
     assert caught.value.column == "chosen"
 
 
+@pytest.mark.parametrize(
+    ("chosen", "rejected"), [("yes", "yes</s>"), ("yes</s></s>", "yes</s>\n"), ("\u00e9", "\u00e8")]
+)
+def test_completions_that_are_the_same_once_tokenised_are_refused(tokenizer, chosen, rejected):
+    with pytest.raises(RowProblem) as caught:
+        tokenize_pair(PLAIN._replace(chosen=chosen, rejected=rejected), tokenizer)
+    assert caught.value.column == "rejected"
+    assert caught.value.problem == (
+        "is identical to column 'chosen' once tokenised: nothing to prefer"
+    )
+
+
+def test_completions_that_a_template_makes_the_same_are_refused():
+    tokenizer = char_tokenizer(template=CHATML.replace("m['content']", "m['content']|trim"))
+    row = CHAT._replace(rejected=[{"role": "assistant", "content": "hello\n "}])
+    with pytest.raises(RowProblem, match="identical to column 'chosen' once tokenised"):
+        tokenize_pair(row, tokenizer)
+
+
 def test_an_unknown_character_at_the_end_of_an_answer_is_no_end_of_turn(tokenizer):
     pair = tokenize_pair(PLAIN._replace(chosen="hé\n"), tokenizer)
     assert len(pair.chosen) == len("hé\n") + 1
