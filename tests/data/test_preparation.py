@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import weakref
 from pathlib import Path
 
 import pytest
@@ -260,6 +261,37 @@ def test_chunks_of_rows_change_nothing(tokenizer, monkeypatch):
             data, report = prepare(rows, tokenizer)
         assert list(data) == list(expected.dataset)
         assert report == expected.report
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "q", "chosen": "a"},
+        {"prompt": "q", "chosen": ["a"], "rejected": "b"},
+        {"prompt": "q", "chosen": "a", "rejected": "b"},
+    ],
+    ids=["a_column_missing", "of_the_wrong_shape", "good_with_a_column_more"],
+)
+def test_large_rows_do_not_pile_up_in_a_chunk(row, monkeypatch):
+    class Text(str):
+        """A string that can be watched."""
+
+    monkeypatch.setattr(parsed_rows, "CHUNK_CHARACTERS", 10_000)
+    alive = weakref.WeakSet()
+    most = 0
+
+    def located():
+        nonlocal most
+        for number in range(100):
+            text = Text(f"{number:1000}")  # equal ones would count as one
+            alive.add(text)
+            most = max(most, len(alive))
+            yield f"row {number}", {**row, "about": text}
+            del text
+
+    for _ in parsed_rows.parsed_chunks(located()):
+        pass
+    assert most < 30
 
 
 def folder_of(data) -> Path:
