@@ -113,6 +113,7 @@ def _records(
             report.kept += 1
             report.cut += len(fitted.prompt) < len(outcome.pair.prompt)
             report.repeated_prompt_rows += _repeats_prompt(item.row)
+            report.several_turns_rows += _has_several_turns(item.row)
             report.unwritten_rows.update(outcome.unwritten)
             if item.row.tools and not shows_tools:
                 report.unwritten_rows[TOOLS] += 1
@@ -156,6 +157,10 @@ def _repeats_prompt(row: PreferenceRow) -> bool:
         return False
     prompt = row.prompt
     return str(row.chosen).startswith(prompt) and str(row.rejected).startswith(prompt)
+
+
+def _has_several_turns(row: PreferenceRow) -> bool:
+    return row.is_conversational and max(len(row.chosen), len(row.rejected)) > 1
 
 
 def _map_from_disk(records: Iterator[dict[str, Any]]) -> Any:

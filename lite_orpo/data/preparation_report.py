@@ -62,6 +62,7 @@ class PreparationReport:
     first_special_texts: dict[str, str] = field(default_factory=dict)
     unwritten_rows: Counter[str] = field(default_factory=Counter)
     """Rows with parts that the chat template leaves out, by part (`TOOLS`, ...)."""
+    several_turns_rows: int = 0
     repeated_prompt_rows: int = 0
     problems: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[DroppedRow]] = field(default_factory=dict)
@@ -107,4 +108,9 @@ class PreparationReport:
         for part, line in _UNWRITTEN_LINES.items():
             if self.unwritten_rows[part]:
                 lines.append(f"  {self.unwritten_rows[part]} {line}")
+        if self.several_turns_rows:
+            lines.append(
+                f"  {self.several_turns_rows} rows have completions of several turns: all of them "
+                "is trained on, the user's words too"
+            )
         return lines

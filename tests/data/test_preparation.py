@@ -218,6 +218,17 @@ def test_parts_that_the_template_leaves_out_are_counted_and_shown():
     ]
 
 
+def test_completions_of_several_turns_are_counted_and_shown(chatml_tokenizer):
+    long = chat_of("hi")
+    long["rejected"] = [*long["rejected"], *chat_of("why?")["prompt"], *long["chosen"]]
+    data, report = prepare([long, chat_of("hi")], chatml_tokenizer)
+    assert report.lines()[1:] == [
+        "  1 rows have completions of several turns: all of them is trained on, the user's words "
+        "too"
+    ]
+    assert "why?" in chatml_tokenizer.decode(data[0]["rejected_input_ids"])
+
+
 def test_a_template_that_loops_ends_the_run_at_its_row_whatever_the_policy(monkeypatch):
     monkeypatch.setattr(template_limits, "MAX_SECONDS", 0.2)
     loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
