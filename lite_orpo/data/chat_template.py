@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from jinja2.exceptions import TemplateError, TemplateSyntaxError
 
 from ..errors import DataError, RowProblem
-from .rows import PreferenceRow
+from .rows import ROLES, PreferenceRow
 from .special_text import Passage, SpecialTokens, Tokenizer
 from .template_limits import MAX_BYTES, MAX_SECONDS, RanTooLong, within_limits
 
@@ -20,6 +20,10 @@ from .template_limits import MAX_BYTES, MAX_SECONDS, RanTooLong, within_limits
 CHARACTERS_OF_ITS_OWN = 200_000
 CHARACTERS_PER_CHARACTER = 10
 SHOWN_OF_A_MESSAGE = 200
+
+SYSTEM_ROLES = ("system", "developer")
+SYSTEM_MESSAGE = "system message"
+COMPLETION_WORDS = "words of a completion"
 
 
 class TemplateRunaway(DataError):
@@ -34,6 +38,8 @@ class ChatPassages(NamedTuple):
     rejected: Passage
     lost_words: bool
     """True: special tokens stand in the messages, and the template hides where they went."""
+    unwritten: frozenset[str]
+    """`SYSTEM_MESSAGE`, `COMPLETION_WORDS`: what the row says and the template leaves out."""
 
 
 class _Rendered(NamedTuple):
@@ -59,7 +65,8 @@ def chat_passages(
     Raises:
         DataError: there is no chat template, or it is no valid Jinja.
         TemplateRunaway: it loops or explodes.
-        RowProblem: it refuses the row, or leaves no border between prompt and answer.
+        RowProblem: it refuses the row, leaves no border between prompt and answer, or writes the
+            prompt's messages elsewhere once an answer follows.
     """
     if not tokenizer.chat_template:
         raise DataError(
@@ -67,8 +74,17 @@ def chat_passages(
             "chat_template_path (in Python: tokenizer.chat_template), or use plain text rows"
         )
     rendered = _render_row(row, tokenizer)
+    border = _border(rendered)
+    if _moves_prompt(row, tokenizer, rendered, border):
+        raise RowProblem(
+            "prompt",
+            "is written differently by the chat template once an answer follows: messages of it "
+            "then stand elsewhere or nowhere, so the model would not be trained on what it is "
+            "asked later; use another template (chat_template_path)",
+        )
     marked = _with_words(row, tokenizer, special, rendered) if has_words else None
-    return _cut(marked or rendered, special, lost_words=has_words and marked is None)
+    cut = _cut(marked or rendered, border, special)
+    return ChatPassages(*cut, has_words and marked is None, _unwritten(row, rendered, border))
 
 
 def row_texts(row: PreferenceRow) -> Iterator[str]:
@@ -198,25 +214,28 @@ def _unmarked(text: str, opening: str, closing: str) -> Passage:
     return Passage("".join(parts), tuple(spans))
 
 
-def _cut(rendered: _Rendered, special: SpecialTokens, *, lost_words: bool) -> ChatPassages:
+def _border(rendered: _Rendered) -> int:
     # Some templates write the generation prompt differently once the answer is there (an empty
     # thinking block, say): the prompt ends where all three renderings still agree.
     shared = _common_prefix_length(*(passage.text for passage in rendered))
     if shared == 0:
         raise RowProblem("prompt", "is changed from its first character on by the chat template")
+    return shared
+
+
+def _cut(rendered: _Rendered, border: int, special: SpecialTokens) -> _Rendered:
     for column in ("chosen", "rejected"):
         passage: Passage = getattr(rendered, column)
-        if special.stands_across(passage.text, shared) or passage.is_cut_inside_words(shared):
+        if special.stands_across(passage.text, border) or passage.is_cut_inside_words(border):
             raise RowProblem(
                 column,
                 "is written by the chat template in a way that leaves no border between prompt "
                 "and answer",
             )
-    return ChatPassages(
-        rendered.prompt.before(shared),
-        rendered.chosen.after(shared),
-        rendered.rejected.after(shared),
-        lost_words,
+    return _Rendered(
+        rendered.prompt.before(border),
+        rendered.chosen.after(border),
+        rendered.rejected.after(border),
     )
 
 
@@ -227,3 +246,86 @@ def _common_prefix_length(prompt: str, chosen: str, rejected: str) -> int:
         if len(set(characters)) > 1:
             return length
     return min(len(prompt), len(chosen), len(rejected))
+
+
+def _moves_prompt(
+    row: PreferenceRow, tokenizer: Tokenizer, rendered: _Rendered, border: int
+) -> bool:
+    """Whether words of the prompt's messages stand in its own rendering, but behind the border.
+
+    So does a template that puts the system message before the last user's turn only as long as
+    that is the last message of all (Mistral-7B-Instruct-v0.3).
+    """
+    text = rendered.prompt.text
+    if border == len(text):
+        return False
+    # Words behind the border may be the generation prompt's own ("hi" stands in "think"), so a
+    # suspicion is looked into by rendering once more, with each message's words in marks.
+    contents = [content for content in _contents(row.prompt) if content]
+    if all(
+        content in text and text.find(content, max(0, border - len(content) + 1)) < 0
+        for content in contents
+    ):
+        return False
+    mark, _ = _unused_characters([*row_texts(row), *(passage.text for passage in rendered)])
+
+    def marked(message: Any) -> Any:
+        content = message.get("content")
+        words = content.strip() if isinstance(content, str) else ""
+        if not words:
+            return message
+        # Inside the white space around them, which templates trim.
+        return {**message, "content": content.replace(words, f"{mark}{words}{mark}", 1)}
+
+    prompt: Any = row.prompt
+    try:
+        again = _render_row(row._replace(prompt=[marked(each) for each in prompt]), tokenizer)
+    except RowProblem:
+        return True
+    shared = _common_prefix_length(*(passage.text for passage in again))
+    return mark in again.prompt.text[shared:]
+
+
+def _contents(messages: Any, roles: tuple[str, ...] = ROLES) -> list[str]:
+    return [
+        message["content"].strip()
+        for message in messages
+        if isinstance(message.get("content"), str) and message["role"] in roles
+    ]
+
+
+def _unwritten(row: PreferenceRow, rendered: _Rendered, border: int) -> frozenset[str]:
+    found = set()
+    prompt = rendered.prompt.text[:border]
+    if not all(_is_written(content, prompt) for content in _contents(row.prompt, SYSTEM_ROLES)):
+        found.add(SYSTEM_MESSAGE)
+    for completion, passage in ((row.chosen, rendered.chosen), (row.rejected, rendered.rejected)):
+        for content in _contents(completion):
+            # Its first words may also stand before the border, where the generation prompt has
+            # them too, but behind the prompt's last words.
+            if content in passage.text[border:] or _is_written(
+                content, passage.text[_end_of_words(row.prompt, prompt) :]
+            ):
+                continue
+            found.add(COMPLETION_WORDS)
+    return frozenset(found)
+
+
+def _end_of_words(messages: Any, text: str) -> int:
+    last = _contents(messages)[-1:]
+    place = text.rfind(last[0]) if last else -1
+    return len(text) if place < 0 else place + len(last[0])
+
+
+def _is_written(content: str, text: str) -> bool:
+    """Whether all words of a message stand in a text in their order, whatever is between them."""
+    if content in text:
+        return True
+    text = text.casefold()  # some templates write in capitals, escape, or move line breaks
+    done = 0
+    for word in re.findall(r"\w+", content.casefold()):
+        place = text.find(word, done)
+        if place < 0:
+            return False
+        done = place + len(word)
+    return True

@@ -1,6 +1,6 @@
 """Parsed rows, some hundred at a time: tokenizers are much faster on many texts in one call."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from ..errors import DataError, RowProblem
@@ -20,6 +20,7 @@ class ParsedRow(NamedTuple):
     number: int
     place: str
     raw: Any
+    """None where it cannot be read: such a row may be large, and nothing more is done with it."""
     row: PreferenceRow | RowProblem
     """Or why it cannot be read."""
 
@@ -32,10 +33,12 @@ def parsed_chunks(located: Iterable[LocatedRow]) -> Iterator[list[ParsedRow]]:
         for number, (place, raw) in enumerate(located):
             try:
                 row = parse_row(raw)
-                characters += sum(map(len, row_texts(row)))
+                characters += max(sum(map(len, row_texts(row))), _size_of_columns(raw))
                 chunk.append(ParsedRow(number, place, raw, row))
             except RowProblem as problem:
-                chunk.append(ParsedRow(number, place, raw, problem))
+                # As it was raised it holds the frames it came through, and they the raw row.
+                known = RowProblem(problem.column, problem.problem)
+                chunk.append(ParsedRow(number, place, None, known))
             if len(chunk) == CHUNK_ROWS or characters > CHUNK_CHARACTERS:
                 yield chunk
                 chunk, characters = [], 0
@@ -43,6 +46,13 @@ def parsed_chunks(located: Iterable[LocatedRow]) -> Iterator[list[ParsedRow]]:
         yield chunk
         raise
     yield chunk
+
+
+def _size_of_columns(raw: Any) -> int:
+    """Characters of the columns that are strings, those that are not used among them."""
+    if not isinstance(raw, Mapping):
+        return 0
+    return sum(len(value) for value in raw.values() if isinstance(value, str))
 
 
 def tokenized(chunk: list[ParsedRow], row_tokenizer: RowTokenizer) -> Iterator[Outcome]:

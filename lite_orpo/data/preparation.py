@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from ..errors import DataError, RowProblem
 from .chat_template import TemplateRunaway
 from .parsed_rows import parsed_chunks, tokenized
+from .preparation_report import TOOLS
 from .preparation_report import PreparationReport as PreparationReport
 from .rows import PreferenceRow
 from .sources import RowSource
@@ -112,7 +113,10 @@ def _records(
             report.kept += 1
             report.cut += len(fitted.prompt) < len(outcome.pair.prompt)
             report.repeated_prompt_rows += _repeats_prompt(item.row)
-            report.unseen_tools_rows += bool(item.row.tools) and not shows_tools
+            report.several_turns_rows += _has_several_turns(item.row)
+            report.unwritten_rows.update(outcome.unwritten)
+            if item.row.tools and not shows_tools:
+                report.unwritten_rows[TOOLS] += 1
             if outcome.special_text is not None:
                 report.add_special_text(item.place, outcome.special_text)
             yield {
@@ -153,6 +157,10 @@ def _repeats_prompt(row: PreferenceRow) -> bool:
         return False
     prompt = row.prompt
     return str(row.chosen).startswith(prompt) and str(row.rejected).startswith(prompt)
+
+
+def _has_several_turns(row: PreferenceRow) -> bool:
+    return row.is_conversational and max(len(row.chosen), len(row.rejected)) > 1
 
 
 def _map_from_disk(records: Iterator[dict[str, Any]]) -> Any:

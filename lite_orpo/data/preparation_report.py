@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from ..errors import RowProblem
+from .chat_template import COMPLETION_WORDS, SYSTEM_MESSAGE
 from .tokenization import (
     KEPT_AS_TEXT,
     READ_AS_CONTROL,
@@ -13,6 +14,7 @@ from .tokenization import (
 )
 
 EXAMPLES_SHOWN = 3
+TOOLS = "tools"
 
 _SPECIAL_TEXT_LINES = {
     KEPT_AS_TEXT: "rows have special tokens as text: kept as text",
@@ -23,6 +25,18 @@ _SPECIAL_TEXT_LINES = {
     READ_AS_CONTROL: (
         "rows have special tokens as text, which this tokenizer or its chat template cannot keep "
         "as text: read as control tokens; take them out of the texts"
+    ),
+}
+
+_UNWRITTEN_LINES = {
+    TOOLS: "rows bring tools, which the chat template does not write: the model never sees them",
+    SYSTEM_MESSAGE: (
+        "rows have a system message, which the chat template does not write, or not all of it: "
+        "the model never sees it"
+    ),
+    COMPLETION_WORDS: (
+        "rows have completions of which the chat template leaves words out (thoughts, say): they "
+        "are not trained on"
     ),
 }
 
@@ -46,7 +60,9 @@ class PreparationReport:
     special_text_rows: Counter[str] = field(default_factory=Counter)
     """Rows with special tokens in their texts, by how those were read."""
     first_special_texts: dict[str, str] = field(default_factory=dict)
-    unseen_tools_rows: int = 0
+    unwritten_rows: Counter[str] = field(default_factory=Counter)
+    """Rows with parts that the chat template leaves out, by part (`TOOLS`, ...)."""
+    several_turns_rows: int = 0
     repeated_prompt_rows: int = 0
     problems: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[DroppedRow]] = field(default_factory=dict)
@@ -89,9 +105,12 @@ class PreparationReport:
             if self.special_text_rows[reading]:
                 count, place = self.special_text_rows[reading], self.first_special_texts[reading]
                 lines.append(f"  {count} {line} (first: {place})")
-        if self.unseen_tools_rows:
+        for part, line in _UNWRITTEN_LINES.items():
+            if self.unwritten_rows[part]:
+                lines.append(f"  {self.unwritten_rows[part]} {line}")
+        if self.several_turns_rows:
             lines.append(
-                f"  {self.unseen_tools_rows} rows bring tools, which the chat template does not "
-                "write: the model never sees them"
+                f"  {self.several_turns_rows} rows have completions of several turns: all of them "
+                "is trained on, the user's words too"
             )
         return lines

@@ -47,6 +47,8 @@ class TokenizedRow(NamedTuple):
 
     pair: TokenizedPair
     special_text: SpecialText | None
+    unwritten: frozenset[str]
+    """What the chat template leaves out: `SYSTEM_MESSAGE`, `COMPLETION_WORDS`."""
 
 
 class _Passages(NamedTuple):
@@ -54,6 +56,7 @@ class _Passages(NamedTuple):
     chosen: Passage
     rejected: Passage
     special_text: SpecialText | None
+    unwritten: frozenset[str] = frozenset()
 
 
 Outcome = TokenizedRow | RowProblem | DataError
@@ -72,7 +75,8 @@ def tokenize_pair(row: PreferenceRow, tokenizer: Tokenizer) -> TokenizedPair:
     Raises:
         DataError: messages, but the tokenizer has no chat template, or one that loops or is no
             valid Jinja; or the tokenizer has no EOS.
-        RowProblem: the chat template refuses the row, or leaves a completion empty.
+        RowProblem: the chat template refuses the row, writes its prompt elsewhere once an answer
+            follows, or leaves a completion empty or both the same.
     """
     outcome = RowTokenizer(tokenizer).rows([row])[0]
     if isinstance(outcome, Exception):
@@ -159,12 +163,11 @@ class RowTokenizer:
         if not row.is_conversational:
             return self._plain(str(row.prompt), str(row.chosen), str(row.rejected))
         found = self._special.first_in(row_texts(row))
-        prompt, chosen, rejected, lost_words = chat_passages(
-            row, self._tokenizer, self._special, has_words=found is not None
-        )
+        passages = chat_passages(row, self._tokenizer, self._special, has_words=found is not None)
+        prompt, chosen, rejected, lost_words, unwritten = passages
         reading = READ_AS_CONTROL if lost_words else KEPT_AS_TEXT
         special_text = SpecialText(found, reading) if found is not None else None
-        return _Passages(prompt, chosen, rejected, special_text)
+        return _Passages(prompt, chosen, rejected, special_text, unwritten)
 
     def _plain(self, prompt: str, chosen: str, rejected: str) -> _Passages:
         whole = (Passage(prompt), Passage(chosen), Passage(rejected))
@@ -208,7 +211,7 @@ class RowTokenizer:
 
     def _in_context(self, passages: _Passages) -> tuple[Passage, Passage, Passage]:
         """The prompt and the completions; these behind the prompt where that matters."""
-        prompt, chosen, rejected, _ = passages
+        prompt, chosen, rejected = passages[:3]
         if self._begins_with_space:
             return prompt, prompt.followed_by(chosen), prompt.followed_by(rejected)
         return prompt, chosen, rejected
@@ -236,7 +239,11 @@ class RowTokenizer:
         pair = TokenizedPair(
             self._begun(prompt), self._ended(chosen, "chosen"), self._ended(rejected, "rejected")
         )
-        return TokenizedRow(pair, special_text)
+        if pair.chosen == pair.rejected:
+            raise RowProblem(
+                "rejected", "is identical to column 'chosen' once tokenised: nothing to prefer"
+            )
+        return TokenizedRow(pair, special_text, passages.unwritten)
 
     def _behind(self, prompt: list[int], both: list[int], completion: Passage) -> list[int]:
         """A completion's ids behind the prompt's, from those of both as one text."""

@@ -112,6 +112,51 @@ ALPACA = """\
 {{ '### Response:\n' }}
 {%- endif %}"""
 
+# Beside the eight, for the ChatML tokenizer: what their control tokens are does not matter. The
+# first three do harm silently, the fourth looks as if it did.
+
+# Mistral-7B-Instruct-v0.3: the system text goes to the user's turn that is the last of all.
+LATE_SYSTEM = """\
+{% set system = messages[0]['content'] if messages[0]['role'] == 'system' %}
+{% for m in messages %}
+{% if m['role'] == 'user' %}
+{{ '[INST] ' + (system + '\n\n' if loop.last and system else '') + m['content'] + '[/INST]' }}
+{%- elif m['role'] == 'assistant' %}
+{{ ' ' + m['content']|trim + eos_token }}
+{%- endif %}
+{% endfor %}"""
+
+NO_SYSTEM = """\
+{% for m in messages if m['role'] != 'system' %}
+{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}
+{%- endfor %}
+{% if add_generation_prompt %}
+{{ '<|im_start|>assistant\n' }}
+{%- endif %}"""
+
+# DeepSeek-R1: thoughts are asked for, and taken out of what was answered.
+STRIPPED_THOUGHTS = """\
+{% for m in messages %}
+{{ '<|im_start|>' + m['role'] + '\n' + m['content'].split('</think>')[-1] + '<|im_end|>' + '\n' }}
+{%- endfor %}
+{% if add_generation_prompt %}
+{{ '<|im_start|>assistant\n<think>\n' }}
+{%- endif %}"""
+
+# Qwen3: thoughts are written anew, with line breaks of the template's own.
+REWRITTEN_THOUGHTS = """\
+{% for m in messages %}
+{{ '<|im_start|>' + m['role'] + '\n' }}
+{%- if '</think>' in m['content'] %}
+{% set thoughts = m['content'].split('</think>')[0].split('<think>')[-1].strip() %}
+{{ '<think>\n' + thoughts + '\n</think>\n\n' }}
+{%- endif %}
+{{ m['content'].split('</think>')[-1].lstrip('\n') + '<|im_end|>' + '\n' }}
+{%- endfor %}
+{% if add_generation_prompt %}
+{{ '<|im_start|>assistant\n<think>\n\n</think>\n\n' }}
+{%- endif %}"""
+
 STYLES = {
     style.name: style
     for style in (

@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import weakref
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from tiny_tokenizer import CHATML, char_tokenizer
 
 from lite_orpo.data import parsed_rows, preparation, template_limits
 from lite_orpo.data.preparation import LengthRule, prepare_pairs
+from lite_orpo.data.preparation_report import TOOLS
 from lite_orpo.data.sources import dataset_source, open_source
 from lite_orpo.errors import DataError
 
@@ -198,8 +200,33 @@ def test_tools_that_the_template_does_not_write_are_counted(shows):
     tokenizer = char_tokenizer(template=CHATML + ("{{ tools }}" if shows else ""))
     tool = {"type": "function", "function": {"name": "clock"}}
     _, report = prepare([{**chat_of("hi"), "tools": [tool]}, chat_of("ho")], tokenizer)
-    assert report.unseen_tools_rows == (not shows)
+    assert report.unwritten_rows[TOOLS] == (not shows)
     assert ("1 rows bring tools" in "".join(report.lines())) == (not shows)
+
+
+def test_parts_that_the_template_leaves_out_are_counted_and_shown():
+    template = "{% for m in messages if m.role != 'system' %}{{ m.content[:9] }}!{% endfor %}"
+    system = {"role": "system", "content": "be kind"}
+    told = {**chat_of("hi"), "prompt": [system, *chat_of("hi")["prompt"]]}
+    long = {**chat_of("hi"), "chosen": [{"role": "assistant", "content": "yes, with pleasure"}]}
+    _, report = prepare([told, told, long, chat_of("hi")], char_tokenizer(template=template))
+    assert report.lines()[1:] == [
+        "  2 rows have a system message, which the chat template does not write, or not all of it: "
+        "the model never sees it",
+        "  1 rows have completions of which the chat template leaves words out (thoughts, say): "
+        "they are not trained on",
+    ]
+
+
+def test_completions_of_several_turns_are_counted_and_shown(chatml_tokenizer):
+    long = chat_of("hi")
+    long["rejected"] = [*long["rejected"], *chat_of("why?")["prompt"], *long["chosen"]]
+    data, report = prepare([long, chat_of("hi")], chatml_tokenizer)
+    assert report.lines()[1:] == [
+        "  1 rows have completions of several turns: all of them is trained on, the user's words "
+        "too"
+    ]
+    assert "why?" in chatml_tokenizer.decode(data[0]["rejected_input_ids"])
 
 
 def test_a_template_that_loops_ends_the_run_at_its_row_whatever_the_policy(monkeypatch):
@@ -245,6 +272,37 @@ def test_chunks_of_rows_change_nothing(tokenizer, monkeypatch):
             data, report = prepare(rows, tokenizer)
         assert list(data) == list(expected.dataset)
         assert report == expected.report
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "q", "chosen": "a"},
+        {"prompt": "q", "chosen": ["a"], "rejected": "b"},
+        {"prompt": "q", "chosen": "a", "rejected": "b"},
+    ],
+    ids=["a_column_missing", "of_the_wrong_shape", "good_with_a_column_more"],
+)
+def test_large_rows_do_not_pile_up_in_a_chunk(row, monkeypatch):
+    class Text(str):
+        """A string that can be watched."""
+
+    monkeypatch.setattr(parsed_rows, "CHUNK_CHARACTERS", 10_000)
+    alive = weakref.WeakSet()
+    most = 0
+
+    def located():
+        nonlocal most
+        for number in range(100):
+            text = Text(f"{number:1000}")  # equal ones would count as one
+            alive.add(text)
+            most = max(most, len(alive))
+            yield f"row {number}", {**row, "about": text}
+            del text
+
+    for _ in parsed_rows.parsed_chunks(located()):
+        pass
+    assert most < 30
 
 
 def folder_of(data) -> Path:

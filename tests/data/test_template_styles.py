@@ -1,11 +1,22 @@
 """Eight chat template styles: each gives its goldens, and what holds in them for any text."""
 
-import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from template_goldens import GOLDENS, WITH_WORDS, assistant, row_with_words, user
-from template_styles import STYLES, shown, styled_tokenizer
+import copy
 
+import pytest
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from template_goldens import GOLDENS, SYSTEM, WITH_WORDS, assistant, row_with_words, user
+from template_styles import (
+    LATE_SYSTEM,
+    NO_SYSTEM,
+    REWRITTEN_THOUGHTS,
+    STRIPPED_THOUGHTS,
+    STYLES,
+    shown,
+    styled_tokenizer,
+)
+
+from lite_orpo.data.chat_template import COMPLETION_WORDS, SYSTEM_MESSAGE
 from lite_orpo.data.padded_rows import padded_row_batch
 from lite_orpo.data.row_batch import PlannedPair
 from lite_orpo.data.rows import PreferenceRow
@@ -93,6 +104,79 @@ def test_the_scored_labels_of_a_padded_batch_decode_to_the_answers(style, tokeni
     assert batch.inputs["attention_mask"].sum() == batch.tokens
 
 
+def outcome_with(template, prompt, chosen, rejected):
+    tokenizer = copy.deepcopy(styled_tokenizer("chatml"))
+    tokenizer.chat_template = template
+    row = PreferenceRow(prompt, [assistant(chosen)], [assistant(rejected)])
+    return RowTokenizer(tokenizer).rows([row])[0], tokenizer
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        [SYSTEM, user("hi")],
+        [SYSTEM, user("be kind")],
+        [SYSTEM, user("be quick")],
+        [SYSTEM, user("hi"), assistant("you"), user("sure?")],
+    ],
+)
+def test_a_system_message_that_is_only_before_the_last_users_turn_is_refused(prompt):
+    problem, _ = outcome_with(LATE_SYSTEM, prompt, "yes", "no")
+    assert isinstance(problem, RowProblem)
+    assert problem.column == "prompt"
+    assert "messages of it then stand elsewhere or nowhere" in problem.problem
+
+
+def test_the_same_template_without_a_system_message_is_fine():
+    outcome, tokenizer = outcome_with(LATE_SYSTEM, [user("hi")], "yes", "no")
+    assert shown_pair(tokenizer, outcome.pair) == (
+        "[INST]Ġhi[/INST]",
+        "Ġyes«<|im_end|>»",
+        "Ġno«<|im_end|>»",
+    )
+    assert outcome.unwritten == frozenset()
+
+
+@pytest.mark.parametrize("name", STYLES)
+def test_what_a_style_writes_is_not_told_to_be_left_out(name):
+    tokenizer = styled_tokenizer(name)
+    rows = [row for row, goldens in GOLDENS.values() if name in goldens]
+    for outcome in RowTokenizer(tokenizer).rows(rows):
+        assert outcome.unwritten == frozenset()
+
+
+@pytest.mark.parametrize("role", ["system", "developer"])
+def test_a_system_message_that_the_template_does_not_write_is_told(role):
+    template = NO_SYSTEM.replace("m['role'] != 'system'", f"m['role'] != '{role}'")
+    prompt = [{"role": role, "content": "be kind"}, user("hi")]
+    outcome, _ = outcome_with(template, prompt, "yes", "no")
+    assert outcome.unwritten == {SYSTEM_MESSAGE}
+    outcome, _ = outcome_with(template, [user("hi")], "yes", "no")
+    assert outcome.unwritten == frozenset()
+
+
+@pytest.mark.parametrize(
+    ("template", "chosen", "unwritten"),
+    [
+        (STRIPPED_THOUGHTS, "<think>\nwell\n</think>yes", {COMPLETION_WORDS}),
+        (STRIPPED_THOUGHTS, "yes", set()),
+        (REWRITTEN_THOUGHTS, "<think>well</think>yes", set()),
+        (REWRITTEN_THOUGHTS, "so <think>well</think>yes", {COMPLETION_WORDS}),
+        (REWRITTEN_THOUGHTS, "yes", set()),
+    ],
+)
+def test_words_of_an_answer_that_the_template_leaves_out_are_told(template, chosen, unwritten):
+    outcome, _ = outcome_with(template, [user("hi")], chosen, "no")
+    assert outcome.unwritten == unwritten
+
+
+def test_answers_that_differ_in_stripped_thoughts_alone_are_refused():
+    thoughts = [f"<think>{thought}</think>yes" for thought in ("well", "bad")]
+    problem, _ = outcome_with(STRIPPED_THOUGHTS, [user("hi")], *thoughts)
+    assert isinstance(problem, RowProblem)
+    assert "identical to column 'chosen' once tokenised" in problem.problem
+
+
 def controls(tokenizer, pair):
     special = set(tokenizer.added_tokens_decoder) - {tokenizer.unk_token_id}
     return [[id for id in ids if id in special] for ids in pair]
@@ -124,6 +208,7 @@ def test_no_text_adds_a_control_token_or_takes_one_away(name, data):
     tokenizer = styled_tokenizer(name)
     texts = texts_with_special_tokens(STYLES[name])
     asked, good, bad = data.draw(texts), data.draw(texts), data.draw(texts)
+    assume(good != bad)
     pair = tokenize_pair(
         PreferenceRow([user(asked)], [assistant(good)], [assistant(bad)]), tokenizer
     )
@@ -143,6 +228,7 @@ def test_plain_texts_come_back_whole_between_one_bos_and_one_eos(name, data):
     tokenizer = styled_tokenizer(name)
     texts = texts_with_special_tokens(STYLES[name])
     row = PreferenceRow(data.draw(texts), data.draw(texts), data.draw(texts))
+    assume(row.chosen != row.rejected)
     pair = tokenize_pair(row, tokenizer)
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     eos = [tokenizer.eos_token_id]

@@ -14,6 +14,8 @@ GOOD = {"role": "assistant", "content": "hello"}
 BAD = {"role": "assistant", "content": "no"}
 CHAT = PreferenceRow([ASK], [GOOD], [BAD])
 PLAIN = PreferenceRow("hi ", "hello", "no")
+# Behind ChatML: a generation prompt that says that there are no thoughts.
+NO_THOUGHTS = "{% if add_generation_prompt %}<think>\n\n</think>\n\n{% endif %}"
 
 
 def text(tokenizer, ids):
@@ -98,6 +100,25 @@ def test_an_answer_that_the_template_leaves_out_is_refused():
     assert caught.value.column == "chosen"
 
 
+@pytest.mark.parametrize(
+    ("chosen", "rejected"), [("yes", "yes</s>"), ("yes</s></s>", "yes</s>\n"), ("\u00e9", "\u00e8")]
+)
+def test_completions_that_are_the_same_once_tokenised_are_refused(tokenizer, chosen, rejected):
+    with pytest.raises(RowProblem) as caught:
+        tokenize_pair(PLAIN._replace(chosen=chosen, rejected=rejected), tokenizer)
+    assert caught.value.column == "rejected"
+    assert caught.value.problem == (
+        "is identical to column 'chosen' once tokenised: nothing to prefer"
+    )
+
+
+def test_completions_that_a_template_makes_the_same_are_refused():
+    tokenizer = char_tokenizer(template=CHATML.replace("m['content']", "m['content']|trim"))
+    row = CHAT._replace(rejected=[{"role": "assistant", "content": "hello\n "}])
+    with pytest.raises(RowProblem, match="identical to column 'chosen' once tokenised"):
+        tokenize_pair(row, tokenizer)
+
+
 def test_an_unknown_character_at_the_end_of_an_answer_is_no_end_of_turn(tokenizer):
     pair = tokenize_pair(PLAIN._replace(chosen="hé\n"), tokenizer)
     assert len(pair.chosen) == len("hé\n") + 1
@@ -161,12 +182,49 @@ def test_a_template_that_writes_the_bos_itself_gives_one():
     assert text(tokenizer, tokenize_pair(CHAT, tokenizer).prompt).count("<s>") == 1
 
 
-def test_a_template_that_rewrites_history_ends_the_prompt_where_all_renderings_agree():
-    # Marks the last message, so the user's turn reads differently once an answer follows.
-    marking = CHATML.replace("{{ m['content'] }}", "{{ '>' if loop.last }}{{ m['content'] }}")
-    tokenizer = char_tokenizer(template=marking)
+@pytest.mark.parametrize("asked", ["hi", "think", "</think>", "a", "\n  assistant  \n"])
+def test_a_generation_prompt_that_differs_ends_the_prompt_where_all_renderings_agree(asked):
+    tokenizer = char_tokenizer(template=f"{CHATML}{NO_THOUGHTS}")
+    row = CHAT._replace(prompt=[{"role": "user", "content": asked}])
+    pair = tokenize_pair(row, tokenizer)
+    prompt = f"<s><|im_start|>user\n{asked}<|im_end|>\n<|im_start|>assistant\n"
+    assert text(tokenizer, pair.prompt) == prompt
+    assert text(tokenizer, pair.chosen) == "hello<|im_end|></s>"
+
+
+@pytest.mark.parametrize("change", ["|upper", "|trim", "|tojson", "[:3]"])
+def test_a_generation_prompt_may_differ_behind_words_that_the_template_changes(change):
+    template = f"{CHATML}{NO_THOUGHTS}".replace("m['content']", f"m['content']{change}")
+    row = CHAT._replace(prompt=[{"role": "user", "content": " say 'hi' "}])
+    pair = tokenize_pair(row, char_tokenizer(template=template))
+    assert text(char_tokenizer(), pair.prompt).endswith("<|im_start|>assistant\n")
+
+
+@pytest.mark.parametrize(
+    ("marked", "asked"),
+    [
+        ("{{ '>' if loop.last }}{{ m['content'] }}", "hi"),
+        ("{{ '>' if loop.last }}{{ m['content']|upper }}", "hi"),
+        ("{{ m['content'] if loop.last }}", "hi"),
+        ("{{ m['content'] if loop.last else m['content'][:1] }}", "hi"),
+        ("{{ m['content'] if loop.last else 'yes' }}", "yes, please"),
+    ],
+)
+def test_a_template_that_writes_the_prompts_words_differently_before_an_answer_is_refused(
+    marked, asked
+):
+    # Their words would be taken for the answer's.
+    tokenizer = char_tokenizer(template=CHATML.replace("{{ m['content'] }}", marked))
+    with pytest.raises(RowProblem, match="differently by the chat template once an answer") as it:
+        tokenize_pair(CHAT._replace(prompt=[{"role": "user", "content": asked}]), tokenizer)
+    assert it.value.column == "prompt"
+    assert "chat_template_path" in it.value.problem
+    assert "\n" not in it.value.problem
+
+
+def test_the_whole_of_both_renderings_is_in_prompt_and_completions():
+    tokenizer = char_tokenizer(template=f"{CHATML}{NO_THOUGHTS}")
     pair = tokenize_pair(CHAT, tokenizer)
-    assert text(tokenizer, pair.prompt) == "<s><|im_start|>user\n"
     for ids, message in ((pair.chosen, GOOD), (pair.rejected, BAD)):
         rendered = tokenizer.apply_chat_template([ASK, message], tokenize=False)
         # All of it but the line break behind the last turn, which a model never gets to write.
