@@ -34,10 +34,15 @@ class StepGuard:
         self._refused = 0
         self._last_loss: Tensor | None = None  # what the log goes on with
 
-    def take_count(self) -> int:
-        """Steps refused since this was asked last."""
+    def take(self, taken: int) -> dict[str, float]:
+        """What the log says of refused steps since it was asked last.
+
+        Args:
+            taken: steps since then that were taken. Without any, the loss is NaN, as it was.
+        """
         count, self._refused = self._refused, 0
-        return count
+        figures: dict[str, float] = {"lite_orpo/refused_steps": count}
+        return figures if taken or not count else {**figures, "loss": float("nan")}
 
     def accepts(self, trainer: Any, loss: Tensor) -> bool:
         """Whether a step's loss and its gradients are finite on all ranks.

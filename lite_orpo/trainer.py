@@ -336,14 +336,14 @@ class ORPOTrainer(CheckpointingTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics of the steps since the last log line."""
+        if "loss" in logs:
+            logs.update(self._guard.take(self._throughput.steps))
         if "loss" in logs and self._throughput.steps:
             parts = self._sum_over_ranks(self._train_parts)
             averages = (parts / self._throughput.steps).tolist()  # waits for the device
             logs.update(named_metrics(averages, self._scale))
             logs.update(self._throughput.take(self.args.device, self._sum_over_ranks))
             self._train_parts.zero_()
-        if "loss" in logs:
-            logs["lite_orpo/refused_steps"] = self._guard.take_count()
         super().log(logs, start_time)
 
     def _sum_over_ranks(self, values: Tensor) -> Tensor:

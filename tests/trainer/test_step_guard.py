@@ -1,5 +1,7 @@
 """A row whose loss or gradient is not finite moves no weight; the run goes on and names it."""
 
+import math
+
 import pytest
 import torch
 from tiny_models import TOKENIZER, plain_rows, tiny_model, trainer_for, with_lora
@@ -50,7 +52,8 @@ def test_a_row_without_a_finite_loss_is_named_and_moves_no_weight(settings, tmp_
     assert "(train_dataset, rows 5, counted from 0)" in caplog.text
     logs = [log for log in run.state.log_history if "loss" in log]
     assert sum(log["lite_orpo/refused_steps"] for log in logs) == 1
-    assert all(torch.isfinite(torch.tensor(log["loss"])) for log in logs)
+    refused = [log["lite_orpo/refused_steps"] for log in logs]
+    assert [math.isnan(log["loss"]) for log in logs] == [bool(count) for count in refused]
 
 
 def test_the_weights_stay_bit_for_bit_where_a_step_is_refused(tmp_path):
@@ -59,6 +62,14 @@ def test_the_weights_stay_bit_for_bit_where_a_step_is_refused(tmp_path):
     run.train()
     after = trained(run.model)
     assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_a_log_of_good_and_refused_steps_has_the_loss_of_the_good_ones(tmp_path):
+    run = trainer(tmp_path, rows_with_poison(5), logging_steps=4)
+    run.train()
+    (log,) = [log for log in run.state.log_history if "loss" in log]
+    assert log["lite_orpo/refused_steps"] == 1
+    assert 0 < log["loss"] < 20
 
 
 def test_so_many_in_a_row_end_the_run_with_the_weights_as_they_were(tmp_path):

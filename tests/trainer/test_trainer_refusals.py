@@ -178,5 +178,6 @@ def test_a_nan_loss_is_not_hidden(tmp_path):
         model.base_model.model.model.layers[0].mlp.down_proj.base_layer.weight[0, 0] = float("nan")
     trainer = trainer_for(model, tmp_path, max_steps=1)
     trainer.train()
-    (loss,) = [log["loss"] for log in trainer.state.log_history if "loss" in log]
-    assert loss != loss
+    (log,) = [log for log in trainer.state.log_history if "loss" in log]
+    assert log["loss"] != log["loss"]
+    assert log["lite_orpo/refused_steps"] == 1

@@ -64,7 +64,8 @@ class SourceReader:
             try:
                 if isinstance(parsed.row, RowProblem):
                     raise parsed.row
-                pair, special_text = (None, None) if tokens is None else tokens
+                pair = None if tokens is None else tokens.pair
+                special_text = None if tokens is None else tokens.special_text
                 seen = reader.see(parsed.place, parsed.raw, parsed.row, pair, special_text)
             except RowProblem as problem:
                 unreadable.add(parsed.place, problem)
