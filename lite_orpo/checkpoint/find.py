@@ -62,10 +62,10 @@ def set_aside(output_dir: Path, checkpoint: Path) -> list[str]:
     names = []
     for step, path in sorted(_checkpoints(output_dir).items()):
         if step > first:
-            aside = path.with_name(f"superseded-{path.name}")
+            aside = path.with_name(f"{path.name}.superseded")
             number = 2
             while aside.exists():
-                aside = path.with_name(f"superseded-{path.name}-{number}")
+                aside = path.with_name(f"{path.name}.superseded-{number}")
                 number += 1
             path.rename(aside)
             names.append(aside.name)

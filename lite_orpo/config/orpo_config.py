@@ -130,6 +130,10 @@ class ORPOConfig(TrainingArguments):
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a pickle or a copy gets: all but the token, which libraries would write to files."""
+        return {**self.__dict__, "hub_token": None}
+
     @property
     def odds_ratio_weight(self) -> float:
         """The factor on the odds-ratio term (the paper's lambda)."""

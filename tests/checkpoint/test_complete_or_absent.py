@@ -151,7 +151,7 @@ def test_a_file_that_was_put_there_later_makes_it_incomplete(tmp_path):
 def test_checkpoints_of_later_steps_are_set_aside_and_kept(tmp_path):
     for step in (2, 4, 6):
         checkpoint(tmp_path, step)
-    for expected in ("superseded-checkpoint-6", "superseded-checkpoint-6-2"):
+    for expected in ("checkpoint-6.superseded", "checkpoint-6.superseded-2"):
         assert set_aside(tmp_path, tmp_path / "checkpoint-4") == [expected]
         assert newest_complete(tmp_path).checkpoint == tmp_path / "checkpoint-4"
         checkpoint(tmp_path, 6)

@@ -126,7 +126,7 @@ def test_going_on_from_an_older_checkpoint_sets_the_later_ones_aside(train, tmp_
     folder = tmp_path / "out"
     again = ("--resume", *words, "max_steps=6")
     assert train(f"resume_from_checkpoint={folder}/checkpoint-2", *words)[0] == 0
-    assert (folder / "superseded-checkpoint-4").is_dir()
+    assert (folder / "checkpoint-4.superseded").is_dir()
     assert train(*again)[0] == 0
     steps = [line["step"] for line in read_metrics(folder / "metrics.jsonl") if "loss" in line]
     assert steps == [1, 2, 3, 4, 5, 6]

@@ -1,5 +1,7 @@
 """ORPOConfig: the three names of two numbers, and defaults that work without a GPU."""
 
+import pickle
+
 import pytest
 from transformers import TrainingArguments
 
@@ -48,3 +50,14 @@ def test_a_hidden_nan_and_dropped_columns_cannot_be_asked_for():
     config = ORPOConfig(logging_nan_inf_filter=True, remove_unused_columns=True)
     assert not config.logging_nan_inf_filter
     assert not config.remove_unused_columns
+
+
+def test_a_pickle_of_the_arguments_has_no_token(tmp_path):
+    """transformers writes one beside each checkpoint that it pushes, and uploads it."""
+    args = ORPOConfig(output_dir=str(tmp_path), use_cpu=True, hub_token="hf_secret", beta=0.3)
+    pickled = pickle.dumps(args)
+    assert b"hf_secret" not in pickled
+    assert args.hub_token == "hf_secret"
+    again = pickle.loads(pickled)
+    assert again.beta == 0.3
+    assert again.hub_token is None

@@ -157,7 +157,7 @@ def test_a_run_goes_on_bit_for_bit_from_the_newest_complete_checkpoint(unbroken,
     goes_on = trainer(tmp_path)
     goes_on.train(resume_from_checkpoint=True)
     assert "checkpoint-4 is passed over: optimizer.safetensors cannot be read" in caplog.text
-    assert "set aside: superseded-checkpoint-4" in caplog.text
+    assert "set aside: checkpoint-4.superseded" in caplog.text
     # It has been written anew.
     assert why_incomplete(tmp_path / "checkpoint-4") is None
     assert same_weights(weights(tmp_path / "checkpoint-4"), weights(unbroken / "checkpoint-4"))
