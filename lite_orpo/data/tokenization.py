@@ -104,8 +104,10 @@ class RowTokenizer:
         self._is_blank: dict[int, bool] = {}
         # SentencePiece's way: a text begins with a space that is not there, " yes" for "yes". A
         # completion is no beginning: a model goes on with "yes" behind a line break.
-        apart = [*encode(tokenizer, LINE_BREAK), *encode(tokenizer, "a")]
-        self._begins_with_space = list(encode(tokenizer, f"{LINE_BREAK}a")) != apart
+        first, second, joined = map(self._encode_one, (LINE_BREAK, "a", f"{LINE_BREAK}a"))
+        self._begins_with_space = False  # of a tokenizer that refuses these: it tells of each row
+        if isinstance(first, list) and isinstance(second, list) and isinstance(joined, list):
+            self._begins_with_space = joined != first + second
 
     def special_texts_in(self, row: PreferenceRow) -> list[str]:
         """Special tokens that stand as text in the row's own content, each once."""
@@ -194,20 +196,28 @@ class RowTokenizer:
         found = re.search(rf"(?:{re.escape(self._tokenizer.eos_token)}\s*)+\Z", completion)
         return completion[: found.start()] if found else completion
 
-    def _encode_all(self, texts: list[str]) -> list[list[int] | None]:
-        """Token ids of each text, in one call; None for a text that cannot be tokenised."""
+    def _encode_all(self, texts: list[str]) -> list[list[int] | str]:
+        """Token ids of each text, in one call; of a text that has none, the reason."""
         if not texts:
             return []
         try:
             return list(encode(self._tokenizer, texts))
+        except MemoryError:
+            raise
         except Exception:  # half a surrogate pair, say: one text of many, so each is tried alone
             return [self._encode_one(text) for text in texts]
 
-    def _encode_one(self, text: str) -> list[int] | None:
+    def _encode_one(self, text: str) -> list[int] | str:
         try:
+            text.encode("utf-8")
             return list(encode(self._tokenizer, text))
-        except Exception:  # what it is depends on the tokenizer; the row is refused for it
-            return None
+        except UnicodeEncodeError:
+            return "has characters that are no valid Unicode text; take them out"
+        except MemoryError:
+            raise
+        except Exception as error:  # what it is depends on the tokenizer, so it is said
+            first_line = (str(error) or type(error).__name__).splitlines()[0]
+            return f"is refused by the tokenizer: {first_line}"
 
     def _in_context(self, passages: _Passages) -> tuple[Passage, Passage, Passage]:
         """The prompt and the completions; these behind the prompt where that matters."""
@@ -216,16 +226,14 @@ class RowTokenizer:
             return prompt, prompt.followed_by(chosen), prompt.followed_by(rejected)
         return prompt, chosen, rejected
 
-    def _finish(self, passages: _Passages, ids: Sequence[list[int] | None]) -> TokenizedRow:
+    def _finish(self, passages: _Passages, ids: Sequence[list[int] | str]) -> TokenizedRow:
         special_text = passages.special_text
         columns: list[list[int]] = []
         for column, passage, plain in zip(
             TokenizedPair._fields, self._in_context(passages), ids, strict=True
         ):
-            if plain is None:
-                raise RowProblem(
-                    column, "has characters that are no valid Unicode text; take them out"
-                )
+            if isinstance(plain, str):
+                raise RowProblem(column, plain)
             words = (
                 encode_words(self._tokenizer, self._special, passage) if passage.spoken else None
             )

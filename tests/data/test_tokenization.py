@@ -261,3 +261,12 @@ def test_a_template_that_is_no_jinja_is_named_as_such_not_blamed_on_the_rows():
     row = parse_row({"prompt": question, "chosen": answers[0], "rejected": answers[1]})
     with pytest.raises(DataError, match="the chat template is no valid Jinja, line 1"):
         tokenize_pair(row, broken)
+
+
+def test_a_text_that_the_tokenizer_itself_refuses_says_why():
+    backend = Tokenizer(models.WordLevel({"</s>": 0, "a": 1, "b": 2, "q": 3}, unk_token="[UNK]"))
+    without_unk = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    with pytest.raises(RowProblem, match="'rejected' is refused by the tokenizer: .*UNK"):
+        tokenize_pair(PreferenceRow("q", "a", "c"), without_unk)
+    with pytest.raises(RowProblem, match="'chosen' has characters that are no valid Unicode"):
+        tokenize_pair(PreferenceRow("q", "\ud83d", "b"), without_unk)

@@ -18,7 +18,6 @@ from lite_orpo.data.preparation import LengthRule, prepare_pairs
 from lite_orpo.data.sources import dataset_source
 from lite_orpo.data.step_plan import RowPlanner
 from lite_orpo.errors import ModelError
-from lite_orpo.memory_items import state_bytes
 from lite_orpo.memory_plan import plan_memory, plan_of_twin
 from lite_orpo.model import meta_twin
 from lite_orpo.model.adapter import lora_config, wrap_with_adapter
@@ -273,27 +272,6 @@ def test_gpt2s_layers_are_quantised_too(tmp_path):
         p.numel() for n, p in tiny_model("gpt2").named_parameters() if "c_" in n and p.ndim == 2
     )
     assert sizes(plan)["linear layers"] == pytest.approx(linears / 2, rel=0.1)
-
-
-@pytest.mark.parametrize(
-    ("optim", "of_fp32", "of_bf16"),
-    [
-        ("adamw_torch", 8, 4),
-        ("adamw_torch_fused", 8, 4),
-        ("paged_adamw_32bit", 8, 8),
-        ("paged_adamw_8bit", 2, 2),
-        ("adamw_bnb_8bit", 2, 2),
-        ("adamw_torch_4bit", 1, 1),
-        ("lion_8bit", 1, 1),
-        ("ademamix", 12, 6),
-        ("paged_ademamix_8bit", 3, 3),
-        ("rmsprop", 4, 2),
-        ("sgd", 0, 0),
-        ("lomo", 0, 0),
-    ],
-)
-def test_optimiser_states_are_in_the_weights_dtype_or_bitsandbytes(optim, of_fp32, of_bf16):
-    assert (state_bytes(optim, 4), state_bytes(optim, 2)) == (of_fp32, of_bf16)
 
 
 def test_an_optimiser_that_is_not_known_is_counted_as_adamw_and_says_so(tmp_path):
