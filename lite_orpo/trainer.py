@@ -8,7 +8,6 @@ the model is in `setup.py`, rows in `data/`, whether prompts are shared in
 `model/prefix_sharing.py`, the formula in `loss.py`.
 """
 
-import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
@@ -16,18 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checkpointing import CheckpointingTrainer
 from .config.orpo_config import ORPOConfig
-from .data.prepared_sets import PreparedSets, is_mapping_of_sets
+from .data.prepared_sets import PreparedSets
 from .data.row_batch import Pair, RowBatch
 from .data.step_plan import StepPlan
-from .errors import DataError
-from .loss import orpo_loss
-from .metrics import LossScale, empty_parts, loss_parts, metrics_of_set, named_metrics
+from .evaluating import EvaluatingTrainer
+from .losses.objective import Objective
+from .metrics import empty_parts, loss_parts, named_metrics
 from .model.head import attach_scored_head
 from .model.host_memory import offloaded_activations
 from .out_of_memory import RowRoom
-from .ranks import fetch_pairs, own_pair_count, plan_rows
+from .ranks import fetch_pairs, plan_rows
 from .row_budget import planner_of
 from .row_choice import choose_rows
 from .setup import (
@@ -47,8 +45,8 @@ def _collate_pairs(features: list[Pair]) -> dict[str, list[Pair]]:
     return {"pairs": features}
 
 
-class ORPOTrainer(CheckpointingTrainer):
-    """Trains a causal language model on preference pairs by ORPO (arXiv 2403.07691).
+class ORPOTrainer(EvaluatingTrainer):
+    """Trains a causal language model on preference pairs, by ORPO (arXiv 2403.07691) or `loss_type`.
 
     Args:
         model: a transformers CausalLM, one that PEFT has wrapped, or a name to load.
@@ -68,8 +66,6 @@ class ORPOTrainer(CheckpointingTrainer):
         ModelError: the model, tokenizer or adapter cannot be trained this way.
         DataError: the rows cannot be used; the message says which and why.
     """
-
-    _tag_names = ["lite-orpo", "orpo"]
 
     def __init__(
         self,
@@ -92,7 +88,7 @@ class ORPOTrainer(CheckpointingTrainer):
         self.length_rule = length_rule(model, args)
         self._sets = PreparedSets(tokenizer, self.length_rule, args.on_bad_row)
         self.data_reports = self._sets.reports
-        self._scale = LossScale(args.odds_ratio_weight, args.odds_ratio_temperature)
+        self.objective = Objective.of(args)
         self.head = attach_scored_head(
             model,
             backend=args.loss_backend,
@@ -118,42 +114,17 @@ class ORPOTrainer(CheckpointingTrainer):
         self.sharing, self.rows_description = choose_rows(self)
         self.planner, chosen_budget = planner_of(self)
         self.rows_description += chosen_budget
+        self.planner = self.planner._replace(chosen_only=not self.objective.kind.uses_rejected)
         self._offloading = offloaded_activations(self.model, args)
         if hasattr(self.model, "add_model_tags"):
-            self.model.add_model_tags(self._tag_names)
+            self.model.add_model_tags(["lite-orpo", args.loss_type])
         tokens, ranks = self.planner.max_tokens_per_row, args.world_size
         self.room = RowRoom(tokens, "a step", ranks, "set gradient_checkpointing: true")
-        self._evaluation_room = RowRoom(tokens, "the evaluation", ranks, "close other programs")
-        self._train_parts, self._eval_parts = empty_parts(args.device), empty_parts(args.device)
+        self._prepare_evaluation()
+        self._train_parts = empty_parts(args.device)
         self._throughput = Throughput()
         source = self.data_reports[0].source if self.data_reports else "train_dataset"
         self._guard = StepGuard(args.max_refused_steps, source)
-        self._eval_counts = torch.zeros(2, device=self.args.device)
-
-    # ---- data ----
-
-    def evaluate(
-        self,
-        eval_dataset: Any = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> dict[str, float]:
-        """Evaluate on the held-out pairs, or on other raw rows given here.
-
-        Returns:
-            `eval_loss` and TRL's metrics with the prefix, exact over the set: for any batch
-            size and number of ranks, each token and each pair counts once.
-        """
-        if is_mapping_of_sets(eval_dataset):
-            metrics: dict[str, float] = {}
-            for name, rows in eval_dataset.items():
-                metrics.update(self.evaluate(rows, ignore_keys, f"{metric_key_prefix}_{name}"))
-            return metrics
-        if eval_dataset is None and self.eval_dataset is None:
-            raise DataError("evaluate() needs held-out pairs: give the trainer an eval_dataset")
-        if eval_dataset is not None and not isinstance(eval_dataset, str):
-            eval_dataset = self._sets.prepare("eval_dataset", eval_dataset)
-        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     # ---- the step ----
 
@@ -247,13 +218,9 @@ class ORPOTrainer(CheckpointingTrainer):
         """The loss of one row batch and its reported parts, over the given normalisers."""
         row = row.to(self.args.device)
         logps = model(**row.inputs, score_rows=(row.score_index, row.targets))
-        loss = orpo_loss(
+        loss = self.objective.of_row(
             logps,
-            row.completion_ids,
-            row.nll_mask,
-            pair_count=row.pair_count,
-            alpha=self._scale.weight,
-            temperature=self._scale.temperature,
+            row,
             pair_normalizer=pairs,
             nll_normalizer=nll_tokens,
             backend=self.args.loss_backend,
@@ -278,60 +245,6 @@ class ORPOTrainer(CheckpointingTrainer):
         seen = torch.tensor(tokens, device=self.args.device)
         self.state.num_input_tokens_seen += int(self.accelerator.reduce(seen, reduction="sum"))
 
-    # ---- evaluation ----
-
-    def predict(
-        self,
-        test_dataset: Any,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "test",
-    ) -> Any:
-        """Metrics of another set of raw rows, as `evaluate` computes them; no predictions."""
-        prepared = self._sets.prepare("test_dataset", test_dataset)
-        return super().predict(prepared, ignore_keys, metric_key_prefix)
-
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[Tensor, None, None]:
-        """Add one batch's sums; the figures are made when the whole set is through."""
-        own = own_pair_count(self, len(inputs["pairs"]))
-        pairs, repeats = inputs["pairs"][:own], inputs["pairs"][own:]
-
-        def plan() -> list[RowBatch]:
-            return self._plan_rows(self._evaluation_room, pairs, repeats)
-
-        def score(rows: list[RowBatch]) -> Tensor:
-            parts = empty_parts(self.args.device)
-            with torch.no_grad(), step_context(self):
-                for row in rows:
-                    with self.compute_loss_context_manager():
-                        parts += self._score(model, row, nll_tokens=1.0, pairs=1.0)[1]
-            return parts
-
-        self._eval_parts += self._evaluation_room.make(plan(), score, plan)[0]
-        counts = [self.planner.count_nll_tokens(pairs), len(pairs)]
-        self._eval_counts += torch.tensor(counts, device=self._eval_counts.device)
-        # Trainer wants a batch loss; the figures of the whole set are made below.
-        return torch.zeros((), device=self.args.device), None, None
-
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
-        """Trainer's loop, with the exact figures of the whole set put in."""
-        self._eval_parts.zero_()
-        # fp64 where there is any: counts beyond 2^24 must stay exact.
-        self._eval_counts = empty_parts(self.args.device)[:2]
-        started = time.perf_counter()
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        self._throughput.leave_out(time.perf_counter() - started)
-        parts = self._sum_over_ranks(self._eval_parts)
-        tokens, pairs = self._sum_over_ranks(self._eval_counts).tolist()
-        metrics = metrics_of_set(parts, tokens, pairs, self._scale)
-        output.metrics.update({f"{metric_key_prefix}_{k}": v for k, v in metrics.items()})
-        return output
-
     # ---- reporting ----
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -341,7 +254,8 @@ class ORPOTrainer(CheckpointingTrainer):
         if "loss" in logs and self._throughput.steps:
             parts = self._sum_over_ranks(self._train_parts)
             averages = (parts / self._throughput.steps).tolist()  # waits for the device
-            logs.update(named_metrics(averages, self._scale))
+            has_rejected = not self.planner.chosen_only
+            logs.update(named_metrics(averages, self.objective, has_rejected=has_rejected))
             logs.update(self._throughput.take(self.args.device, self._sum_over_ranks))
             self._train_parts.zero_()
         super().log(logs, start_time)

@@ -20,6 +20,7 @@ from ..data.run_sources import Sources, open_run_sources
 from ..device_memory import PeakMemory
 from ..errors import CheckpointError, ConfigError
 from ..interruption import StopWithCheckpoint
+from ..losses.objective import Objective
 from ..model.adapter import adapter_switched_off, lora_config, trainable_parameters
 from ..model.load import load_model, load_tokenizer
 from ..report.card import write_card
@@ -243,11 +244,14 @@ def _write_report(
 ) -> None:
     if config.report.save_plots:
         metrics = read_metrics(output_dir / METRICS_FILE)
-        draw_curves(metrics, output_dir / CURVES_FILE, f"ORPO: {output_dir.name}")
+        draw_curves(
+            metrics,
+            output_dir / CURVES_FILE,
+            f"{config.training.loss_type.upper()}: {output_dir.name}",
+        )
     args = config.training
     settings = {
-        "odds-ratio weight (lambda)": args.odds_ratio_weight,
-        "temperature": args.odds_ratio_temperature,
+        **Objective.of(args).settings(),
         "learning rate": args.learning_rate,
         "schedule": args.lr_scheduler_type.value,
         "pairs per optimiser step": args.per_device_train_batch_size
@@ -267,6 +271,7 @@ def _write_report(
         before=before,
         after=after,
         has_adapter=config.lora.use_peft,
+        loss_type=args.loss_type,
     )
 
 

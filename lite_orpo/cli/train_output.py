@@ -39,7 +39,7 @@ def print_start(
             + ("(LoRA)" if config.lora.use_peft else "(all weights)"),
         ),
         *(("Data", line) for report in trainer.data_reports for line in report.lines()[:1]),
-        ("Step", f"{pairs} pairs, odds-ratio weight {args.odds_ratio_weight:g}, head {head}"),
+        ("Step", f"{pairs} pairs, loss {trainer.objective.in_words()}, head {head}"),
         ("Rows", trainer.rows_description),
     ]
     for label, text in rows:

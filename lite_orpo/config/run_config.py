@@ -42,10 +42,10 @@ class RunConfig(NamedTuple):
         for name in sorted(ours | {"learning_rate", "logging_steps", "output_dir", "seed"}):
             settings[name] = getattr(self.training, name)
         settings.update({k: v for k, v in self.given.items() if k not in _SECRET_KEYS})
-        if self.training.beta is None and self.training.orpo_alpha is None:
-            settings["beta" if self.training.orpo_beta is None else "orpo_alpha"] = (
-                self.training.odds_ratio_weight
-            )
+        args = self.training
+        if args.beta is None and args.orpo_alpha is None and args.loss_type != "sft":
+            name = "beta" if args.orpo_beta is None else "orpo_alpha"
+            settings[name] = args.preference_beta
         return {k: v.value if isinstance(v, enum.Enum) else v for k, v in settings.items()}
 
 

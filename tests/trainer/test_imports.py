@@ -15,8 +15,8 @@ RANK = {
     "lite_orpo.errors": 0,
     "lite_orpo.allocator_failure": 0,
     "lite_orpo.offline_bitsandbytes": 0,
-    "lite_orpo.loss": 1,
     "lite_orpo.config": 1,
+    "lite_orpo.losses": 2,
     "lite_orpo.data": 2,
     "lite_orpo.model": 3,
     "lite_orpo.metrics": 4,
@@ -35,13 +35,16 @@ RANK = {
     "lite_orpo.setup": 4,
     "lite_orpo.step_context": 4,
     "lite_orpo.step_guard": 4,
+    "lite_orpo.pair_scores": 5,
+    "lite_orpo.reference": 6,
     "lite_orpo.row_budget": 6,
-    "lite_orpo.trainer": 7,
-    "lite_orpo.report": 8,
-    "lite_orpo.cli": 9,
-    "lite_orpo": 10,
+    "lite_orpo.evaluating": 7,
+    "lite_orpo.trainer": 8,
+    "lite_orpo.report": 9,
+    "lite_orpo.cli": 10,
+    "lite_orpo": 11,
 }
-REACH_THE_KERNELS = {"lite_orpo", "lite_orpo.loss", "lite_orpo.model.head"}
+REACH_THE_KERNELS = {"lite_orpo", "lite_orpo.losses", "lite_orpo.model.head"}
 
 
 def modules(root: Path = ROOT) -> dict[str, Path]:
