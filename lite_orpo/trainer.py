@@ -46,7 +46,7 @@ def _collate_pairs(features: list[Pair]) -> dict[str, list[Pair]]:
 
 
 class ORPOTrainer(EvaluatingTrainer):
-    """Trains a causal language model on preference pairs, by ORPO (arXiv 2403.07691) or `loss_type`.
+    """Trains a causal language model on pairs, by ORPO (arXiv 2403.07691) or `loss_type`.
 
     Args:
         model: a transformers CausalLM, one that PEFT has wrapped, or a name to load.
