@@ -40,13 +40,13 @@ class EvaluatingTrainer(CheckpointingTrainer):
         self._evaluation_room = RowRoom(tokens, "the evaluation", ranks, "close other programs")
         self._eval_parts = empty_parts(self.args.device)
         self._eval_counts = torch.zeros(2, device=self.args.device)
-        self._reference = Reference(self, self._evaluation_room)
+        self._reference = Reference(self._evaluation_room)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Train; see `CheckpointingTrainer.train`. A reference scores all pairs before it."""
-        self.train_dataset = self._reference.on(self.train_dataset)
-        self.eval_dataset = self._reference.on(self.eval_dataset)
-        self._reference.begin_training()
+        self.train_dataset = self._reference.on(self, self.train_dataset)
+        self.eval_dataset = self._reference.on(self, self.eval_dataset)
+        self._reference.begin_training(self)
         return super().train(resume_from_checkpoint, **kwargs)
 
     def evaluate(
@@ -69,8 +69,10 @@ class EvaluatingTrainer(CheckpointingTrainer):
         if eval_dataset is None and self.eval_dataset is None:
             raise DataError("evaluate() needs held-out pairs: give the trainer an eval_dataset")
         if eval_dataset is not None and not isinstance(eval_dataset, str):
-            eval_dataset = self._reference.on(self._sets.prepare("eval_dataset", eval_dataset))
-        self.eval_dataset = self._reference.on(self.eval_dataset)
+            eval_dataset = self._reference.on(
+                self, self._sets.prepare("eval_dataset", eval_dataset)
+            )
+        self.eval_dataset = self._reference.on(self, self.eval_dataset)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def score_pairs(self, dataset: Any = None) -> PairScores:
@@ -96,7 +98,7 @@ class EvaluatingTrainer(CheckpointingTrainer):
         metric_key_prefix: str = "test",
     ) -> Any:
         """Metrics of another set of raw rows, as `evaluate` computes them; no predictions."""
-        prepared = self._reference.on(self._sets.prepare("test_dataset", test_dataset))
+        prepared = self._reference.on(self, self._sets.prepare("test_dataset", test_dataset))
         return super().predict(prepared, ignore_keys, metric_key_prefix)
 
     def prediction_step(

@@ -30,47 +30,47 @@ logger = logging.getLogger(__name__)
 class Reference:
     """Gives data sets the reference's log-probabilities.
 
+    It does not hold the trainer: a cycle would keep a model in memory that nobody uses any more.
+
     Args:
-        trainer: an `ORPOTrainer` before its first step.
         room: tokens that a row may have.
     """
 
-    def __init__(self, trainer: Any, room: RowRoom) -> None:
-        self._trainer = trainer
+    def __init__(self, room: RowRoom) -> None:
         self._room = room
-        self._has_adapter = hasattr(trainer.model, "disable_adapter")
         self._is_gone = False
-        if trainer.equal_rows and trainer.objective.kind.uses_reference:
-            raise ConfigError(
-                f"loss_type {trainer.args.loss_type} is not supported with FSDP: its reference "
-                "passes the pairs rank by rank; use orpo, simpo or cpo, or plain data parallelism"
-            )
 
-    def begin_training(self) -> None:
+    def begin_training(self, trainer: Any) -> None:
         """From here on, weights that train in full are no longer the reference's."""
-        self._is_gone = not self._has_adapter
+        self._is_gone = not _has_adapter(trainer)
 
-    def on(self, dataset: Any) -> Any:
+    def on(self, trainer: Any, dataset: Any) -> Any:
         """The data set with the reference's columns; as it is, where the loss needs none.
 
         Args:
+            trainer: an `ORPOTrainer`.
             dataset: from `prepare_pairs`, or a mapping of names to such, or None.
 
         Raises:
             ConfigError: the reference is gone, for it is what has been trained.
         """
-        if dataset is None or not self._trainer.objective.kind.uses_reference:
+        if dataset is None or not trainer.objective.kind.uses_reference:
             return dataset
         if isinstance(dataset, dict):
-            return {name: self.on(part) for name, part in dataset.items()}
+            return {name: self.on(trainer, part) for name, part in dataset.items()}
         if len(dataset) == 0 or REFERENCE_COLUMNS[0] in dataset[0]:
             return dataset
+        if trainer.equal_rows:
+            raise ConfigError(
+                f"loss_type {trainer.args.loss_type} is not supported with FSDP: its reference "
+                "passes the pairs rank by rank; use orpo, simpo or cpo, or plain data parallelism"
+            )
         if self._is_gone:
             raise ConfigError(
-                f"loss_type {self._trainer.args.loss_type} compares with the model before its "
+                f"loss_type {trainer.args.loss_type} compares with the model before its "
                 "training, which is gone; give these pairs to the trainer as eval_dataset"
             )
-        chosen, rejected = self._logps(dataset)
+        chosen, rejected = self._logps(trainer, dataset)
         columns = dict(zip(REFERENCE_COLUMNS, (chosen.tolist(), rejected.tolist()), strict=True))
         if hasattr(dataset, "add_column"):
             for name, values in columns.items():
@@ -81,34 +81,40 @@ class Reference:
             for i, row in enumerate(dataset)
         ]
 
-    def _logps(self, dataset: Any) -> tuple[Tensor, Tensor]:
-        path = self._path(dataset)
-        kept = _read(path, len(dataset)) if self._all_ranks_see(path) else None
+    def _logps(self, trainer: Any, dataset: Any) -> tuple[Tensor, Tensor]:
+        path = _path(trainer, dataset)
+        kept = _read(path, len(dataset)) if _all_ranks_see(trainer, path) else None
         if kept is not None:
             logger.info("the reference's log-probabilities are read from %s", path.name)
             return kept
-        switch_off = adapter_switched_off if self._has_adapter else contextlib.nullcontext
-        with switch_off(self._trainer.model):
-            scores = score_pairs(self._trainer, self._room, dataset, "Scoring by the reference")
-        if self._trainer.args.process_index == 0:
+        switch_off = adapter_switched_off if _has_adapter(trainer) else contextlib.nullcontext
+        with switch_off(trainer.model):
+            scores = score_pairs(trainer, self._room, dataset, "Scoring by the reference")
+        if trainer.args.process_index == 0:
             _write(path, scores.chosen, scores.rejected)
         return scores.chosen, scores.rejected
 
-    def _path(self, dataset: Any) -> Path:
-        args = self._trainer.args
-        digest = hashlib.sha256()
-        precision = self._trainer.accelerator.mixed_precision
-        for part in (weights_digest(self._trainer.model), data_digest(dataset), str(precision)):
-            digest.update(part.encode())
-        folder = Path(args.reference_cache or args.output_dir)
-        return folder / f"reference_logps-{digest.hexdigest()[:16]}.safetensors"
 
-    def _all_ranks_see(self, path: Path) -> bool:
-        if self._trainer.args.world_size == 1:
-            return path.exists()
-        from accelerate.utils import gather_object
+def _has_adapter(trainer: Any) -> bool:
+    return hasattr(trainer.model, "disable_adapter")
 
-        return all(gather_object([path.exists()]))
+
+def _path(trainer: Any, dataset: Any) -> Path:
+    args = trainer.args
+    digest = hashlib.sha256()
+    precision = str(trainer.accelerator.mixed_precision)
+    for part in (weights_digest(trainer.model), data_digest(dataset), precision):
+        digest.update(part.encode())
+    folder = Path(args.reference_cache or args.output_dir)
+    return folder / f"reference_logps-{digest.hexdigest()[:16]}.safetensors"
+
+
+def _all_ranks_see(trainer: Any, path: Path) -> bool:
+    if trainer.args.world_size == 1:
+        return path.exists()
+    from accelerate.utils import gather_object
+
+    return all(gather_object([path.exists()]))
 
 
 def _read(path: Path, count: int) -> tuple[Tensor, Tensor] | None:

@@ -44,6 +44,8 @@ SCENARIOS = {
     "padded": Scenario(pairs=7, batch=4, accumulation=2, settings={"prefix_sharing": "off"}),
     "embedding_on_host": Scenario(pairs=5, batch=4, settings={"offload_embedding": True}),
     "packed_for_sure": Scenario(pairs=7, batch=4, settings={"prefix_sharing": "on"}),
+    "dpo": Scenario(pairs=7, batch=4, settings={"loss_type": "dpo"}),
+    "sft_one_pair_left": Scenario(pairs=5, batch=4, settings={"loss_type": "sft"}),
     "checkpointed": Scenario(
         pairs=5, batch=2, accumulation=2, settings={"gradient_checkpointing": True}
     ),

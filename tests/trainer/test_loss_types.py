@@ -43,7 +43,7 @@ def test_the_gradient_does_not_depend_on_how_the_step_is_cut(loss_type, tmp_path
             with_lora(tiny_model()), tmp_path, plain_rows(6), loss_type=loss_type,
             per_device_train_batch_size=6, **settings,
         )  # fmt: skip
-        trainer.train_dataset = trainer._reference.on(trainer.train_dataset)
+        trainer.train_dataset = trainer._reference.on(trainer, trainer.train_dataset)
         loss, found = step_gradients(trainer, [list(trainer.train_dataset)])
         return loss, found
 

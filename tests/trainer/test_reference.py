@@ -147,6 +147,6 @@ def test_several_held_out_sets_each_have_their_reference(tmp_path):
 def test_rows_without_the_datasets_library_have_their_reference_too(tmp_path):
     trainer = trainer_for(with_lora(tiny_model()), tmp_path, **SETTINGS)
     rows = [dict(row) for row in trainer.train_dataset]
-    (first, *_) = trainer._reference.on(rows)
+    (first, *_) = trainer._reference.on(trainer, rows)
     assert first["reference_chosen_logps"] < 0
     assert TOKENIZER.eos_token_id in first["chosen_input_ids"]

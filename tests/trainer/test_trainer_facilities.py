@@ -1,6 +1,8 @@
 """What transformers.Trainer offers works here too: callbacks, held-out sets, optimisers, inputs."""
 
+import gc
 import math
+import weakref
 
 import datasets
 import pytest
@@ -243,3 +245,20 @@ def test_pairs_of_similar_length_can_be_grouped(tmp_path):
     )
     trainer.train()
     assert trainer.state.global_step == 3
+
+
+def test_a_trainer_that_nobody_uses_is_gone_at_once_with_its_model(tmp_path):
+    """In a notebook the next one needs the memory; a cycle would wait for the collector."""
+    gc.collect()
+    gc.disable()
+    try:
+        trainer = trainer_for(
+            with_lora(tiny_model()), tmp_path, max_steps=1, eval_dataset=plain_rows(2)
+        )
+        trainer.train()
+        trainer.evaluate()
+        model = weakref.ref(trainer.model)
+        del trainer
+        assert model() is None
+    finally:
+        gc.enable()

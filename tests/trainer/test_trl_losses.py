@@ -102,7 +102,7 @@ def our_step(loss_type, output_dir, **settings):
         **settings,
     )
     moved(trainer.model)
-    trainer.train_dataset = trainer._reference.on(trainer.train_dataset)
+    trainer.train_dataset = trainer._reference.on(trainer, trainer.train_dataset)
     loss, gradients = step_gradients(trainer, [list(trainer.train_dataset)])
     trainer.log({"loss": loss})
     return loss, trainer.state.log_history[-1], gradients
