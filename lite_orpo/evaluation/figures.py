@@ -18,19 +18,27 @@ IMPLICIT, IMPLICIT_CONTROLLED = "implicit_accuracy", "implicit_accuracy_length_c
 MARGIN, REWARD_MARGIN, IMPLICIT_MARGIN = "margin", "reward_margin", "implicit_margin"
 LOG_ODDS, NLL_CHOSEN, NLL_REJECTED = "log_odds", "nll_chosen", "nll_rejected"
 
+
+class Label(NamedTuple):
+    """What a figure is called, and what it is."""
+
+    name: str
+    meaning: str
+
+
 LABELS = {
-    ACCURACY: "reward accuracy (chosen likelier, by mean log-probability)",
-    CONTROLLED: "reward accuracy, length-controlled",
-    IMPLICIT: "implicit reward accuracy (log ratio to the base, as DPO)",
-    IMPLICIT_CONTROLLED: "implicit reward accuracy, length-controlled",
-    MARGIN: "margin, chosen - rejected (nats a token)",
-    REWARD_MARGIN: "reward margin (margin times beta)",
-    IMPLICIT_MARGIN: "implicit reward margin (nats)",
-    LOG_ODDS: "log odds, chosen over rejected",
-    NLL_CHOSEN: "NLL of chosen answers (nats a token)",
-    NLL_REJECTED: "NLL of rejected answers (nats a token)",
+    ACCURACY: Label("reward accuracy", "chosen likelier, a token"),
+    CONTROLLED: Label("... length-controlled", "length evened out"),
+    IMPLICIT: Label("implicit accuracy", "log ratio to base (DPO)"),
+    IMPLICIT_CONTROLLED: Label("... length-controlled", "length evened out"),
+    MARGIN: Label("margin", "nats a token"),
+    REWARD_MARGIN: Label("reward margin", "beta times the margin"),
+    IMPLICIT_MARGIN: Label("implicit margin", "log ratio to base, nats"),
+    LOG_ODDS: Label("log odds", "chosen over rejected"),
+    NLL_CHOSEN: Label("NLL of chosen", "nats a token of the answer"),
+    NLL_REJECTED: Label("NLL of rejected", "nats a token of the answer"),
 }
-"""Keys of all figures, in the order in which they are shown, with what they are."""
+"""Keys of all figures, in the order in which they are shown."""
 
 SHARES = frozenset({ACCURACY, CONTROLLED, IMPLICIT, IMPLICIT_CONTROLLED})
 """Figures between 0 and 1, of which 0.5 is a guess."""
