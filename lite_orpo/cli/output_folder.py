@@ -23,6 +23,8 @@ _PRODUCTS = (
     METRICS_FILE,
     CURVES_FILE,
     CONFIG_FILE,
+    "eval.json",
+    "eval.png",
 )
 
 

@@ -10,12 +10,25 @@ WHERE = "command line"
 RESUME = {"resume_from_checkpoint": Setting(True, f"{WHERE} (--resume)")}
 
 
-def split_arguments(arguments: list[str], config: Path | None) -> tuple[Path, dict[str, Setting]]:
-    """Tell the configuration file from the overrides.
+NO_CONFIGURATION = (
+    "no configuration file; `lite-orpo init` writes one, then `lite-orpo train config.yaml`"
+)
+
+
+def split_arguments(
+    arguments: list[str],
+    config: Path | None,
+    *,
+    what: str = "the configuration",
+    missing: str = NO_CONFIGURATION,
+) -> tuple[Path, dict[str, Setting]]:
+    """Tell the configuration file, or whatever a command is about, from the overrides.
 
     Args:
         arguments: everything after the command's name.
         config: the file, where it was given as an option.
+        what: the name of what is no override, for messages.
+        missing: the message where there is none.
 
     Returns:
         The file and the overrides. Hyphens in keys count as underscores.
@@ -45,13 +58,10 @@ def split_arguments(arguments: list[str], config: Path | None) -> tuple[Path, di
             raise ConfigError(f"{WHERE}: {key} is given twice")
         overrides[key] = Setting(parse_value(text), WHERE)
     if not paths:
-        raise ConfigError(
-            f"{WHERE}: no configuration file; `lite-orpo init` writes one, then "
-            "`lite-orpo train config.yaml`"
-        )
+        raise ConfigError(f"{WHERE}: {missing}")
     if len(paths) > 1:
         raise ConfigError(
-            f"{WHERE}: {str(paths[1])!r} is neither key=value nor the configuration ({paths[0]} is)"
+            f"{WHERE}: {str(paths[1])!r} is neither key=value nor {what} ({paths[0]} is)"
         )
     return paths[0], overrides
 

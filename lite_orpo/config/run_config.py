@@ -69,7 +69,19 @@ def load_run_config(path: Path, overrides: dict[str, Setting]) -> RunConfig:
         ConfigError: an unknown key, a value of the wrong type, or settings that contradict
             each other.
     """
-    settings = {**read_settings(path), **overrides}
+    return run_config_of({**read_settings(path), **overrides}, path)
+
+
+def run_config_of(settings: dict[str, Setting], path: Path) -> RunConfig:
+    """The same, of settings that have been read already.
+
+    Args:
+        settings: each key's value and where it was given.
+        path: what messages without a place of their own name.
+
+    Raises:
+        ConfigError: as `load_run_config`.
+    """
     groups = (*OPTION_GROUPS, ORPOConfig)
     hints = {group: _settable_hints(group) for group in groups}
     known = {name for group_hints in hints.values() for name in group_hints}

@@ -98,7 +98,10 @@ def load_tokenizer(options: ModelOptions) -> Any:
     """
     from transformers import AutoTokenizer
 
-    name = _required_name(options)
+    folder = Path(str(options.model_name_or_path)).expanduser()
+    # An adapter's folder has the tokenizer that it was trained with, and no config.json.
+    has_own = (folder / "tokenizer_config.json").is_file()
+    name = str(folder) if has_own else _required_name(options)
     with loading(name, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(
             name, revision=options.model_revision, trust_remote_code=options.trust_remote_code

@@ -19,6 +19,8 @@ RANK = {
     "lite_orpo.losses": 2,
     "lite_orpo.data": 2,
     "lite_orpo.model": 3,
+    "lite_orpo.evaluation": 1,
+    "lite_orpo.generation": 4,
     "lite_orpo.metrics": 4,
     "lite_orpo.throughput": 4,
     "lite_orpo.device_memory": 0,
