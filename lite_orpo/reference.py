@@ -10,11 +10,12 @@ import contextlib
 import hashlib
 import logging
 import os
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from .data.row_batch import REFERENCE_COLUMNS
@@ -39,6 +40,8 @@ class Reference:
     def __init__(self, room: RowRoom) -> None:
         self._room = room
         self._is_gone = False
+        self.seconds = 0.0
+        """What scoring took; of figures that were kept, when they were computed."""
 
     def begin_training(self, trainer: Any) -> None:
         """From here on, weights that train in full are no longer the reference's."""
@@ -86,12 +89,16 @@ class Reference:
         kept = _read(path, len(dataset)) if _all_ranks_see(trainer, path) else None
         if kept is not None:
             logger.info("the reference's log-probabilities are read from %s", path.name)
-            return kept
+            self.seconds += kept.seconds
+            return kept.chosen, kept.rejected
+        started = time.perf_counter()
         switch_off = adapter_switched_off if _has_adapter(trainer) else contextlib.nullcontext
         with switch_off(trainer.model):
             scores = score_pairs(trainer, self._room, dataset, "Scoring by the reference")
+        took = time.perf_counter() - started
+        self.seconds += took
         if trainer.args.process_index == 0:
-            _write(path, scores.chosen, scores.rejected)
+            _write(path, _Kept(scores.chosen, scores.rejected, took))
         return scores.chosen, scores.rejected
 
 
@@ -117,27 +124,33 @@ def _all_ranks_see(trainer: Any, path: Path) -> bool:
     return all(gather_object([path.exists()]))
 
 
-def _read(path: Path, count: int) -> tuple[Tensor, Tensor] | None:
+class _Kept(NamedTuple):
+    chosen: Tensor
+    rejected: Tensor
+    seconds: float
+
+
+def _read(path: Path, count: int) -> _Kept | None:
     try:
-        tensors = load_file(path)
-        chosen, rejected = (tensors[column] for column in REFERENCE_COLUMNS)
-    except (OSError, SafetensorError, KeyError) as error:
+        with safe_open(path, "pt") as file:
+            chosen, rejected = (file.get_tensor(column) for column in REFERENCE_COLUMNS)
+            seconds = float((file.metadata() or {}).get("seconds", 0.0))
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
         logger.warning("%s cannot be read (%s): its figures are computed anew", path.name, error)
         return None
     if chosen.shape != (count,) or rejected.shape != (count,):
         logger.warning("%s is of another data set: its figures are computed anew", path.name)
         return None
-    return chosen, rejected
+    return _Kept(chosen, rejected, seconds)
 
 
-def _write(path: Path, chosen: Tensor, rejected: Tensor) -> None:
-    tensors = dict(
-        zip(REFERENCE_COLUMNS, (chosen.contiguous(), rejected.contiguous()), strict=True)
-    )
+def _write(path: Path, kept: _Kept) -> None:
+    logps = (kept.chosen.contiguous(), kept.rejected.contiguous())
+    tensors = dict(zip(REFERENCE_COLUMNS, logps, strict=True))
     partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, partial)
+        save_file(tensors, partial, {"seconds": f"{kept.seconds:.2f}"})
         os.replace(partial, path)
     except (OSError, SafetensorError) as error:
         # Only time is lost by it, should the run be resumed.

@@ -258,6 +258,8 @@ class ORPOTrainer(EvaluatingTrainer):
             logs.update(named_metrics(averages, self.objective, has_rejected=has_rejected))
             logs.update(self._throughput.take(self.args.device, self._sum_over_ranks))
             self._train_parts.zero_()
+        if "train_runtime" in logs and self._reference.seconds:
+            logs["lite_orpo/reference_seconds"] = self._reference.seconds
         super().log(logs, start_time)
 
     def _sum_over_ranks(self, values: Tensor) -> Tensor:

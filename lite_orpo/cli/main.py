@@ -197,6 +197,31 @@ def evaluate(
     run_evaluation(str(target), overrides, options)
 
 
+@app.command(context_settings=_ANY_KEY)
+def compare(
+    arguments: list[str] = typer.Argument(
+        None,
+        metavar="CONFIG.yaml --loss-type orpo,dpo [beta=0.05,0.1,0.2] [key=value]...",
+        help="the configuration, then what is compared, then settings for all runs",
+        show_default=False,
+    ),
+    config: Path | None = typer.Option(None, "--config", help="the configuration, as an option"),
+    output: Path | None = typer.Option(
+        None, "--output", "-o", help="folder of all runs; default: output_dir with -compare"
+    ),
+) -> None:
+    """Train by several losses or settings on the same pairs, and compare what came out."""
+    from ..config.yaml_file import read_settings
+    from .overrides import split_arguments
+
+    path, overrides = split_arguments(arguments or [], config)
+    read_settings(path)
+
+    from .compare import run_comparison
+
+    sys.exit(run_comparison(path, overrides, output=output, words=sys.argv[2:]))
+
+
 @app.command()
 def init(
     path: Path = typer.Argument(Path("config.yaml"), help="the file to write"),

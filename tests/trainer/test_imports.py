@@ -42,6 +42,7 @@ RANK = {
     "lite_orpo.row_budget": 6,
     "lite_orpo.evaluating": 7,
     "lite_orpo.trainer": 8,
+    "lite_orpo.comparison": 8,
     "lite_orpo.report": 9,
     "lite_orpo.cli": 10,
     "lite_orpo": 11,
