@@ -15,6 +15,7 @@ RANK = {
     "lite_orpo.errors": 0,
     "lite_orpo.allocator_failure": 0,
     "lite_orpo.offline_bitsandbytes": 0,
+    "lite_orpo.public_names": 0,
     "lite_orpo.loss": 1,
     "lite_orpo.config": 1,
     "lite_orpo.data": 2,
@@ -26,7 +27,9 @@ RANK = {
     "lite_orpo.random_state": 0,
     "lite_orpo.checkpoint": 1,
     "lite_orpo.fingerprint": 4,
-    "lite_orpo.checkpointing": 5,
+    "lite_orpo.saved_folder": 5,
+    "lite_orpo.saving": 6,
+    "lite_orpo.checkpointing": 7,
     "lite_orpo.memory_items": 4,
     "lite_orpo.memory_plan": 5,
     "lite_orpo.out_of_memory": 4,
@@ -36,10 +39,10 @@ RANK = {
     "lite_orpo.step_context": 4,
     "lite_orpo.step_guard": 4,
     "lite_orpo.row_budget": 6,
-    "lite_orpo.trainer": 7,
-    "lite_orpo.report": 8,
-    "lite_orpo.cli": 9,
-    "lite_orpo": 10,
+    "lite_orpo.trainer": 8,
+    "lite_orpo.report": 9,
+    "lite_orpo.cli": 10,
+    "lite_orpo": 11,
 }
 REACH_THE_KERNELS = {"lite_orpo", "lite_orpo.loss", "lite_orpo.model.head"}
 
