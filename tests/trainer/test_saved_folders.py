@@ -1,4 +1,4 @@
-"""What ORPOTrainer leaves in a folder: no pickle, no token, no absolute path; nothing of others'."""
+"""What ORPOTrainer leaves: no pickle, no token, no absolute path; and nothing of others is lost."""
 
 import json
 import logging
@@ -107,6 +107,19 @@ def test_a_run_whose_folder_was_moved_goes_on_and_ends_bit_for_bit(base, tmp_pat
     ours, theirs = resumed.model.state_dict(), unbroken.model.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert not (tmp_path / "there").exists()
+
+
+def test_the_best_checkpoint_is_found_beside_the_one_that_is_gone_on_from(base, tmp_path, caplog):
+    best_trainer(base, tmp_path / "first", callbacks=[StopAt()]).train()
+    moved = (tmp_path / "first").rename(tmp_path / "moved")
+    resumed = best_trainer(base, tmp_path / "second")
+    resumed.train(resume_from_checkpoint=str(moved / "checkpoint-2"))
+    assert resumed.state.best_model_checkpoint == str(moved / "checkpoint-1")
+    kept = load_file(moved / "checkpoint-1" / "adapter_model.safetensors")
+    name = next(name for name in kept if "lora_B" in name)
+    now = resumed.model.state_dict()[name.replace(".weight", ".default.weight")]
+    assert torch.equal(now, kept[name])
+    assert "does not exist anymore" not in caplog.text
 
 
 def test_a_relative_base_stays_as_it_was_typed(base, tmp_path, monkeypatch):
