@@ -32,11 +32,12 @@ BEST = {
 SAVING = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
 
 
-class StopAt(TrainerCallback):
-    """Ends a training early; its schedule stays that of the whole."""
+class Death(TrainerCallback):
+    """Ends the run in its third step, as a process ends that is killed."""
 
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop = state.global_step >= 2
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            raise KeyboardInterrupt
 
 
 @pytest.fixture(autouse=True)
@@ -92,10 +93,11 @@ def test_no_path_and_no_token_in_checkpoints_states_and_saved_models(base, tmp_p
 def test_a_run_whose_folder_was_moved_goes_on_and_ends_bit_for_bit(base, tmp_path, monkeypatch):
     unbroken = best_trainer(base, tmp_path / "unbroken")
     unbroken.train()
-    stopped = best_trainer(base, tmp_path / "there", callbacks=[StopAt()])
-    stopped.train()
+    with pytest.raises(KeyboardInterrupt):
+        best_trainer(base, tmp_path / "there", callbacks=[Death()]).train()
     (tmp_path / "elsewhere").mkdir()
     moved = (tmp_path / "there").rename(tmp_path / "elsewhere" / "here")
+    assert {"checkpoint-1", "checkpoint-2"} <= {path.name for path in moved.iterdir()}
     (tmp_path / "checkpoint-1").mkdir()
     monkeypatch.chdir(tmp_path)  # where a name alone would be another folder
     resumed = best_trainer(base, moved)
@@ -110,7 +112,8 @@ def test_a_run_whose_folder_was_moved_goes_on_and_ends_bit_for_bit(base, tmp_pat
 
 
 def test_the_best_checkpoint_is_found_beside_the_one_that_is_gone_on_from(base, tmp_path, caplog):
-    best_trainer(base, tmp_path / "first", callbacks=[StopAt()]).train()
+    with pytest.raises(KeyboardInterrupt):
+        best_trainer(base, tmp_path / "first", callbacks=[Death()]).train()
     moved = (tmp_path / "first").rename(tmp_path / "moved")
     resumed = best_trainer(base, tmp_path / "second")
     resumed.train(resume_from_checkpoint=str(moved / "checkpoint-2"))
