@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from ..config.options import SECRET_KEYS
 from ..config.yaml_file import Setting, parse_value
 from ..errors import ConfigError
 
@@ -56,7 +57,7 @@ def split_arguments(
             raise ConfigError(f"{WHERE}: {word!r} has no key; write key=value")
         if key in overrides:
             raise ConfigError(f"{WHERE}: {key} is given twice")
-        overrides[key] = Setting(parse_value(text), WHERE)
+        overrides[key] = Setting(_read(key, text), WHERE)
     if not paths:
         raise ConfigError(f"{WHERE}: {missing}")
     if len(paths) > 1:
@@ -64,6 +65,15 @@ def split_arguments(
             f"{WHERE}: {str(paths[1])!r} is neither key=value nor {what} ({paths[0]} is)"
         )
     return paths[0], overrides
+
+
+def _read(key: str, text: str) -> object:
+    try:
+        return parse_value(text)
+    except ConfigError:
+        if key not in SECRET_KEYS:
+            raise
+        raise ConfigError(f"{WHERE}: the value of {key} cannot be read (not shown)") from None
 
 
 def refuse_twice(overrides: dict[str, Setting]) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
+from ..config.options import SECRET_KEYS
 from ..config.yaml_file import Setting, parse_value
 from ..errors import ConfigError
 from .overrides import RESUME
@@ -31,8 +32,9 @@ def seconds_of(text: str) -> float:
 
 
 def command_to_go_on(path: Path, overrides: dict[str, Setting]) -> str:
-    """The command line that goes on with a run."""
-    kept = {k: s.value for k, s in overrides.items() if k not in RESUME}
+    """The command line that goes on with a run, without a token: terminals get copied."""
+    left_out = {*RESUME, *SECRET_KEYS}
+    kept = {k: s.value for k, s in overrides.items() if k not in left_out}
     words = [f"{key}={_text(value)}" for key, value in kept.items()]
     return shlex.join(["lite-orpo", "train", str(path), *words, "--resume"])
 

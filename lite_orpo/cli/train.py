@@ -35,6 +35,7 @@ from .output_folder import (
     CONFIG_FILE,
     CURVES_FILE,
     METRICS_FILE,
+    SETTINGS_COMMENT,
     check_output_dir,
     remove_earlier_run,
 )
@@ -64,7 +65,7 @@ def run_training(
     started = time.perf_counter()
     config = load_run_config(path, overrides)
     sources = open_sources(config)
-    check_output_dir(config)
+    check_output_dir(config, path)
     print_quick_check(console, sources.train, sources.held_out)
     with library_refusals(path, (ImportError, ValueError, RuntimeError, OSError)):
         trainer = _build_trainer(config, sources, console)
@@ -73,7 +74,7 @@ def run_training(
         is_resumed = bool(config.training.resume_from_checkpoint)
         if config.report.overwrite_output_dir and not is_resumed:
             remove_earlier_run(output_dir)
-        write_settings(output_dir / CONFIG_FILE, config.as_settings())
+        write_settings(output_dir / CONFIG_FILE, config.as_settings(), SETTINGS_COMMENT)
     print_start(console, config, trainer, trainable_parameters(trainer.model))
     has_held_out = trainer.eval_dataset is not None
     before = _metrics_before(trainer, config, output_dir)
@@ -272,9 +273,11 @@ def _write_report(
         after=after,
         has_adapter=config.lora.use_peft,
         loss_type=args.loss_type,
+        is_local=Path(str(config.model.model_name_or_path)).expanduser().exists(),
     )
 
 
 def _public_name(name: str) -> str:
     """A hub name as it is; of a local path only its last part."""
-    return Path(name).name if Path(name).exists() else name
+    is_local = os.path.isabs(name) or Path(name).expanduser().exists()
+    return Path(name).resolve().name if is_local else name

@@ -84,12 +84,21 @@ def print_usage(
     console.print("Use it in Python:")
     name = "AutoPeftModelForCausalLM" if config.lora.use_peft else "AutoModelForCausalLM"
     package = "peft" if config.lora.use_peft else "transformers"
-    for line in (
+    lines = [
         f"from {package} import {name}",
         "from transformers import AutoTokenizer",
         f'model = {name}.from_pretrained("{output_dir}")',
-        f'tokenizer = AutoTokenizer.from_pretrained("{output_dir}")',
-    ):
+    ]
+    base = Path(str(config.model.model_name_or_path)).expanduser()
+    if config.lora.use_peft and base.is_absolute():
+        # Its path is not in the adapter's folder.
+        lines = [
+            "from peft import PeftModel",
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            f'base = AutoModelForCausalLM.from_pretrained("{base}")',
+            f'model = PeftModel.from_pretrained(base, "{output_dir}")',
+        ]
+    for line in (*lines, f'tokenizer = AutoTokenizer.from_pretrained("{output_dir}")'):
         console.print(Text("    " + line), soft_wrap=True)
 
 

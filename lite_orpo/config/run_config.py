@@ -12,13 +12,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import ConfigError, UserError
+from ..public_names import public_values
 from .coercion import coerce
-from .options import OPTION_GROUPS, DataOptions, LoraOptions, ModelOptions, ReportOptions
+from .options import (
+    OPTION_GROUPS,
+    SECRET_KEYS,
+    DataOptions,
+    LoraOptions,
+    ModelOptions,
+    ReportOptions,
+)
 from .orpo_config import ORPOConfig
 from .yaml_file import Setting, read_settings
 
-# A token belongs in the environment or the hub's own login, never in a file that gets shared.
-_SECRET_KEYS = {"hub_token"}
 _RESOLVED_BY_US = {"local_rank", "deepspeed_plugin", "distributed_state", "mixed_precision"}
 
 
@@ -34,19 +40,23 @@ class RunConfig(NamedTuple):
     """The keys that the file and the overrides set, as they were resolved."""
 
     def as_settings(self) -> dict[str, Any]:
-        """Flat settings that reproduce this run: every option, and each argument that was set."""
+        """Flat settings that reproduce this run: every option, and each argument that was set.
+
+        Without tokens; of absolute paths only their last part (see `public_names.py`).
+        """
         settings: dict[str, Any] = {}
         for group in (self.model, self.lora, self.data, self.report):
             settings.update(dataclasses.asdict(group))
         ours = {f.name for f in dataclasses.fields(ORPOConfig)} - _inherited_names()
         for name in sorted(ours | {"learning_rate", "logging_steps", "output_dir", "seed"}):
             settings[name] = getattr(self.training, name)
-        settings.update({k: v for k, v in self.given.items() if k not in _SECRET_KEYS})
+        settings.update({k: v for k, v in self.given.items() if k not in SECRET_KEYS})
         args = self.training
         if args.beta is None and args.orpo_alpha is None and args.loss_type != "sft":
             name = "beta" if args.orpo_beta is None else "orpo_alpha"
             settings[name] = args.preference_beta
-        return {k: v.value if isinstance(v, enum.Enum) else v for k, v in settings.items()}
+        plain = {k: v.value if isinstance(v, enum.Enum) else v for k, v in settings.items()}
+        return {key: public_values(value) for key, value in plain.items()}
 
 
 def _inherited_names() -> set[str]:

@@ -19,6 +19,7 @@ def write_card(
     after: dict[str, float],
     has_adapter: bool,
     loss_type: str = "orpo",
+    is_local: bool = False,
 ) -> None:
     """Write the card.
 
@@ -31,11 +32,12 @@ def write_card(
         after: held-out metrics after training; may be empty.
         has_adapter: whether the folder holds an adapter or a whole model.
         loss_type: the loss that it was trained by.
+        is_local: the base model was a folder, so that its name is none on the hub.
     """
     library = "peft" if has_adapter else "transformers"
     lines = [
         "---",
-        f"base_model: {base_model}",
+        *([] if is_local else [f"base_model: {base_model}"]),
         f"library_name: {library}",
         "pipeline_tag: text-generation",
         f"tags: [{loss_type}, lite-orpo, preference-alignment{', lora' if has_adapter else ''}]",
@@ -47,6 +49,12 @@ def write_card(
         f"trained on the preference pairs of `{data}` with lite-orpo.",
         "",
     ]
+    if has_adapter and is_local:
+        lines += [
+            f"`{base_model}` was a local folder. Load the base model from where you have it:",
+            "`PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), this_folder)`.",
+            "",
+        ]
     if after:
         lines += ["## Held-out results", "", *_result_table(before, after), ""]
     lines += ["## Settings", ""]
