@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import HTTPError
 from safetensors import SafetensorError
 from torch import nn
 
@@ -28,7 +29,7 @@ from .checkpoint.find import newest_complete, rotate, set_aside
 from .checkpoint.manifest import why_incomplete
 from .checkpoint.staging import remove_leftovers, staged, staging_folder
 from .checkpoint.tensor_tree import load_tree, save_tree
-from .errors import CheckpointError
+from .errors import CheckpointError, HubError
 from .fingerprint import differences, fingerprint_of, write_fingerprint
 from .interruption import EvaluationCut, StopWithCheckpoint
 from .random_state import RandomState
@@ -198,6 +199,21 @@ class CheckpointingTrainer(Trainer):
                 states[name].append(callback.state())
             else:
                 states[name] = callback.state()
+
+    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
+        """Open the hub repository that is pushed to; see transformers' Trainer.
+
+        Raises:
+            HubError: the hub does not: no network, not logged in, or a name that it refuses.
+        """
+        try:
+            super().init_hf_repo(*args, **kwargs)
+        except (OSError, HTTPError, ValueError) as error:
+            name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+            raise HubError(
+                f"{name!r} cannot be pushed to the hub ({write_reason(error)}); check the network "
+                "and `hf auth login`. save_model() writes the model here"
+            ) from error
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Save model and tokenizer, without Trainer's pickled arguments (they hold the token)."""

@@ -33,6 +33,7 @@ RANK = {
     "lite_orpo.ranks": 4,
     "lite_orpo.row_choice": 4,
     "lite_orpo.setup": 4,
+    "lite_orpo.chat_format": 4,
     "lite_orpo.step_context": 4,
     "lite_orpo.step_guard": 4,
     "lite_orpo.row_budget": 6,
