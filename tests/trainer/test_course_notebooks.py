@@ -133,6 +133,27 @@ def test_the_notebook_with_an_adapter(model_name, tmp_path):
     assert again.generate(**inputs, max_new_tokens=3).shape[1] > inputs["input_ids"].shape[1]
 
 
+def test_messages_that_the_notebook_has_turned_into_text_train_as_the_messages_do(model_name):
+    model, tokenizer = loaded(model_name)
+    model, tokenizer = setup_chat_format(model, tokenizer)
+    dataset = orpo_dpo_mix()["train"]
+
+    def format_chat_template(row):
+        row["chosen"] = tokenizer.apply_chat_template(row["chosen"], tokenize=False)
+        row["rejected"] = tokenizer.apply_chat_template(row["rejected"], tokenize=False)
+        return row
+
+    columns = ("prompt_input_ids", "chosen_input_ids", "rejected_input_ids")
+    as_text, as_messages = (
+        ORPOTrainer(
+            model, ORPOConfig(), train_dataset=rows, processing_class=tokenizer
+        ).train_dataset
+        for rows in (dataset.map(format_chat_template), dataset)
+    )
+    for name in columns:
+        assert [list(row[name]) for row in as_text] == [list(row[name]) for row in as_messages]
+
+
 def test_the_snippet_on_transcripts_given_with_all_splits(model_name):
     model, tokenizer = loaded(model_name)
     dataset = hh_rlhf()
