@@ -9,7 +9,6 @@ import logging
 from typing import Any
 
 from .errors import ConfigError, ModelError
-from .model.head import innermost_causal_lm
 
 logger = logging.getLogger(__name__)
 
@@ -90,9 +89,8 @@ def _is_one_token(tokenizer: Any, text: str) -> bool:
 
 
 def _end_turns_with_marker(model: Any, tokenizer: Any) -> None:
-    causal_lm = innermost_causal_lm(model)
     start_id, end_id = tokenizer.convert_tokens_to_ids([START, END])
-    rows = causal_lm.get_input_embeddings().weight.shape[0]
+    rows = model.get_input_embeddings().weight.shape[0]
     if max(start_id, end_id) >= rows:
         raise ModelError(
             f"{START} and {END} are tokens {start_id} and {end_id} of the tokenizer, but the model "
@@ -107,8 +105,9 @@ def _end_turns_with_marker(model: Any, tokenizer: Any) -> None:
             {"extra_special_tokens": [START, END]}, replace_extra_special_tokens=False
         )
     tokenizer.eos_token = END
-    causal_lm.config.get_text_config().eos_token_id = end_id
-    generation = getattr(causal_lm, "generation_config", None)
+    # A PeftModel hands these on to the model inside.
+    model.config.get_text_config().eos_token_id = end_id
+    generation = getattr(model, "generation_config", None)
     if generation is not None:
         ids = generation.eos_token_id
         earlier = ids if isinstance(ids, list) else [] if ids is None else [ids]

@@ -112,6 +112,18 @@ def test_the_former_eos_ends_generation_too_and_fills_where_nothing_did():
     assert tokenizer.pad_token_id == former
 
 
+def test_markers_that_were_no_control_tokens_become_some():
+    """As control tokens they are spelled out where they stand in somebody's words."""
+    model, tokenizer = without_markers()
+    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"])
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    words = len(tokenizer)
+    setup_chat_format(model, tokenizer)
+    assert len(tokenizer) == words
+    assert {"<|im_start|>", "<|im_end|>"} <= set(tokenizer.all_special_tokens)
+    assert model.generation_config.eos_token_id == [tokenizer.eos_token_id, 2]
+
+
 def test_a_template_that_is_there_stays_and_so_does_all_else(caplog):
     model, tokenizer = tiny_model(), char_tokenizer(template=CHATML)
     setup_chat_format(model, tokenizer)

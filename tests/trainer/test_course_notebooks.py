@@ -1,5 +1,7 @@
 """The course's notebooks run as they are written, with only the import changed; steps are cut."""
 
+import inspect
+
 import datasets
 import pytest
 import torch
@@ -7,6 +9,7 @@ from course_data import base_model, hh_rlhf, orpo_dpo_mix, ultrafeedback
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 from transformers.integrations import TensorBoardCallback
+from trl.experimental.orpo import ORPOTrainer as TRLTrainer
 
 from lite_orpo import ORPOConfig, ORPOTrainer, setup_chat_format
 from lite_orpo.errors import HubError
@@ -187,6 +190,12 @@ def test_how_a_named_model_is_loaded(model_name):
     trainer = ORPOTrainer(model_name, args, train_dataset=hh_rlhf()["train"])
     assert trainer.model.dtype == torch.float32
     assert trainer.model.config._attn_implementation == "eager"
+
+
+def test_the_call_has_trls_arguments_in_trls_order():
+    theirs = list(inspect.signature(TRLTrainer.__init__).parameters)
+    ours = list(inspect.signature(ORPOTrainer.__init__).parameters)
+    assert ours == [*theirs, "tokenizer"]
 
 
 def test_no_arguments_and_trls_order_of_them(model_name):
