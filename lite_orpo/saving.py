@@ -13,11 +13,13 @@ from . import offline_bitsandbytes  # noqa: F401  (before transformers imports i
 
 # isort: split
 from huggingface_hub import upload_folder
+from huggingface_hub.errors import HTTPError
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import PushInProgress
 
+from .errors import HubError
 from .fingerprint import write_fingerprint
 from .model.head import innermost_causal_lm
 from .saved_folder import files_to_share, make_public, refuse_base_folder
@@ -40,6 +42,22 @@ class SavingTrainer(Trainer):
         """Write `trainer_state.json` into `output_dir`."""
         if self.is_world_process_zero():
             self._write_state(Path(self.args.output_dir))
+
+    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
+        """Open the hub repository that is pushed to; see transformers' Trainer.
+
+        Raises:
+            HubError: the hub does not: no network, not logged in, or a name that it refuses.
+        """
+        try:
+            super().init_hf_repo(*args, **kwargs)
+        except (OSError, HTTPError, ValueError) as error:
+            name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+            reason = (getattr(error, "strerror", None) or str(error)).splitlines()[0]
+            raise HubError(
+                f"{name!r} cannot be pushed to the hub ({reason}); check the network "
+                "and `hf auth login`. save_model() writes the model here"
+            ) from error
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save model or adapter and tokenizer.

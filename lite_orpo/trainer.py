@@ -8,7 +8,7 @@ the model is in `setup.py`, rows in `data/`, whether prompts are shared in
 `model/prefix_sharing.py`, the formula in `loss.py`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .config.orpo_config import ORPOConfig
-from .data.prepared_sets import PreparedSets
+from .data.prepared_sets import PreparedSets, choose_splits
 from .data.row_batch import Pair, RowBatch
 from .data.step_plan import StepPlan
 from .evaluating import EvaluatingTrainer
@@ -32,8 +32,11 @@ from .setup import (
     check_launch,
     check_parallelism,
     check_vocabulary,
+    direct_tensorboard,
     length_rule,
     prepare_model,
+    refuse_unused,
+    resolve_model,
     resolve_tokenizer,
 )
 from .step_context import step_context
@@ -49,17 +52,23 @@ class ORPOTrainer(EvaluatingTrainer):
     """Trains a causal language model on pairs, by ORPO (arXiv 2403.07691) or `loss_type`.
 
     Args:
-        model: a transformers CausalLM, one that PEFT has wrapped, or a name to load.
+        model: a transformers CausalLM, one that PEFT has wrapped, or a name to load; default:
+            the one that `args.model_name_or_path` names.
         args: an `ORPOConfig`; default settings if None.
+        data_collator: None; it has its place because TRL's call has it.
         train_dataset: rows with `prompt`, `chosen`, `rejected` (text or message lists, the
             prompt may be implicit in message lists): a `datasets.Dataset`, a list of mappings,
-            any map-style data set, or a `RowSource`.
-        eval_dataset: the same, or a mapping of names to such.
+            any map-style data set, or a `RowSource`; of a DatasetDict, its split "train".
+        eval_dataset: the same, or a mapping of names to such; default: where evaluation is asked
+            for and `train_dataset` is a DatasetDict, its held-out split.
         processing_class: the tokenizer; default: the one that belongs to the model.
-        peft_config: put this adapter on the model. Without it, and without an adapter on the
-            model already, the whole model trains.
+        model_init: makes the model, instead of `model`; called once.
         callbacks: transformers callbacks.
         optimizers: optimizer and scheduler to use instead of the configured ones.
+        preprocess_logits_for_metrics: None, as `data_collator`.
+        peft_config: put this adapter on the model. Without it, and without an adapter on the
+            model already, the whole model trains.
+        compute_metrics: None, as `data_collator`.
         tokenizer: older name of `processing_class`.
 
     Raises:
@@ -71,17 +80,29 @@ class ORPOTrainer(EvaluatingTrainer):
         self,
         model: Any = None,
         args: ORPOConfig | None = None,
+        data_collator: None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
-        peft_config: Any = None,
+        model_init: Callable[[], Any] | None = None,
         callbacks: list[Any] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
+        preprocess_logits_for_metrics: None = None,
+        peft_config: Any = None,
+        compute_metrics: None = None,
         *,
         tokenizer: Any = None,
     ) -> None:
         args = ORPOConfig() if args is None else args
         check_launch(args)
+        refuse_unused(
+            data_collator=data_collator,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            compute_metrics=compute_metrics,
+        )
+        evaluates = args.eval_strategy != "no" or args.eval_on_start
+        sets = choose_splits(train_dataset, eval_dataset, evaluates=evaluates)
+        model = resolve_model(model, args, model_init)
         tokenizer = resolve_tokenizer(model, processing_class, tokenizer)
         model = prepare_model(model, args, peft_config)
         check_vocabulary(model, tokenizer)
@@ -101,13 +122,14 @@ class ORPOTrainer(EvaluatingTrainer):
             model=model,
             args=args,
             data_collator=_collate_pairs,
-            train_dataset=self._sets.prepare("train_dataset", train_dataset),
-            eval_dataset=self._sets.prepare_each("eval_dataset", eval_dataset),
+            train_dataset=self._sets.prepare("train_dataset", sets.train),
+            eval_dataset=self._sets.prepare_each("eval_dataset", sets.held_out),
             processing_class=tokenizer,
             callbacks=callbacks,
             optimizers=optimizers,
         )
         check_parallelism(self)
+        direct_tensorboard(self)
         self.equal_rows: bool = self.is_fsdp_enabled
         """Whether all ranks pass as many rows: of a sharded model, they wait for each other."""
         self.head.verify()

@@ -18,6 +18,7 @@ from .. import offline_bitsandbytes  # noqa: F401  (before transformers imports 
 from transformers import TrainingArguments
 
 from ..errors import ConfigError
+from .legacy_names import takes_old_names
 from .loss_types import LOSS_TYPES
 
 DEFAULT_BETA = LOSS_TYPES["orpo"].beta
@@ -45,6 +46,7 @@ def _is_number(value: Any) -> bool:
     return is_real and math.isfinite(value)
 
 
+@takes_old_names
 @dataclass
 class ORPOConfig(TrainingArguments):
     """Training arguments for `ORPOTrainer`.
@@ -52,6 +54,9 @@ class ORPOConfig(TrainingArguments):
     The strength of the odds-ratio term is `beta` (TRL's name, the paper's lambda) or
     `orpo_alpha` with the temperature `orpo_beta` (the course's names); mixing the two ways is
     refused, since `beta` means the strength in one and the temperature in the other.
+
+    Names of earlier transformers and TRL (`evaluation_strategy`, `max_prompt_length`) are
+    translated with one warning, see `legacy_names.py`.
 
     Every other argument is `transformers.TrainingArguments`'s; these defaults differ: `bf16`
     and `fp16` follow the device, activation checkpointing is on for GPUs, `logging_steps` is 10,
@@ -91,7 +96,7 @@ class ORPOConfig(TrainingArguments):
         "drop",
         "rows that cannot be trained on: drop (counted and shown; an error above 10 %) or error",
     )
-    prefix_sharing: str | bool = _setting(
+    prefix_sharing: str = _setting(
         "auto",
         "encode each prompt once for both completions, in packed rows: auto (where it is proved "
         "exact on the model), on (an error where it is not) or off",
@@ -243,8 +248,9 @@ class ORPOConfig(TrainingArguments):
             "prefix_sharing": ("auto", "on", "off"),
             "tree_attention": ("sdpa", "varlen"),
         }
-        if isinstance(self.prefix_sharing, bool):  # what YAML 1.1 makes of a bare on or off
-            self.prefix_sharing = "on" if self.prefix_sharing else "off"
+        sharing: Any = self.prefix_sharing
+        if isinstance(sharing, bool):  # what YAML 1.1 makes of a bare on or off
+            self.prefix_sharing = "on" if sharing else "off"
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ConfigError(

@@ -7,6 +7,7 @@ is answered with the nearest name.
 import dataclasses
 import difflib
 import enum
+import logging
 import typing
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 from ..errors import ConfigError, UserError
 from ..public_names import public_values
 from .coercion import coerce
+from .legacy_names import KEPT_NAMES, as_one_line, translate_settings
 from .options import (
     OPTION_GROUPS,
     SECRET_KEYS,
@@ -24,6 +26,8 @@ from .options import (
 )
 from .orpo_config import ORPOConfig
 from .yaml_file import Setting, read_settings
+
+logger = logging.getLogger(__name__)
 
 _RESOLVED_BY_US = {"local_rank", "deepspeed_plugin", "distributed_state", "mixed_precision"}
 
@@ -79,7 +83,11 @@ def load_run_config(path: Path, overrides: dict[str, Setting]) -> RunConfig:
         ConfigError: an unknown key, a value of the wrong type, or settings that contradict
             each other.
     """
-    return run_config_of({**read_settings(path), **overrides}, path)
+    written, notes = translate_settings(read_settings(path))
+    over, notes_over = translate_settings(overrides)
+    if notes + notes_over:
+        logger.warning("%s: %s", path, as_one_line(notes + notes_over))
+    return run_config_of({**written, **over}, path)
 
 
 def run_config_of(settings: dict[str, Setting], path: Path) -> RunConfig:
@@ -95,6 +103,7 @@ def run_config_of(settings: dict[str, Setting], path: Path) -> RunConfig:
     groups = (*OPTION_GROUPS, ORPOConfig)
     hints = {group: _settable_hints(group) for group in groups}
     known = {name for group_hints in hints.values() for name in group_hints}
+    kept = {k: settings.pop(k) for k in KEPT_NAMES if k in settings and k not in known}
     chosen: dict[type[Any], dict[str, Any]] = {group: {} for group in groups}
     for key, setting in settings.items():
         if key not in known:
@@ -104,6 +113,9 @@ def run_config_of(settings: dict[str, Setting], path: Path) -> RunConfig:
                 chosen[group][key] = coerce(key, setting.value, hints[group][key], setting.where)
     training = _build_training_arguments(chosen[ORPOConfig], path)
     given = {k: v for values in chosen.values() for k, v in values.items()}
+    for key, setting in kept.items():
+        given[key] = coerce(key, setting.value, str | None, setting.where)
+        setattr(training, key, given[key])
     model, lora, data, report = (group(**chosen[group]) for group in OPTION_GROUPS)
     if report.sample_prompts < 0 or report.sample_max_new_tokens < 1:
         raise ConfigError(
@@ -116,6 +128,8 @@ def _settable_hints(group: type[Any]) -> dict[str, Any]:
     hints = typing.get_type_hints(group)
     # `true` is the newest checkpoint of output_dir, as in Trainer.train.
     hints["resume_from_checkpoint"] = str | bool | None
+    # `on` and `off` are booleans in YAML 1.1.
+    hints["prefix_sharing"] = str | bool
     return {
         f.name: hints[f.name]
         for f in dataclasses.fields(group)

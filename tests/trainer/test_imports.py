@@ -18,6 +18,7 @@ RANK = {
     "lite_orpo.public_names": 0,
     "lite_orpo.config": 1,
     "lite_orpo.losses": 2,
+    "lite_orpo.chat_format": 1,
     "lite_orpo.data": 2,
     "lite_orpo.model": 3,
     "lite_orpo.evaluation": 1,
