@@ -31,6 +31,7 @@ from .checkpoint.tensor_tree import load_tree, save_tree
 from .errors import CheckpointError
 from .fingerprint import differences, fingerprint_of, write_fingerprint
 from .interruption import EvaluationCut, StopWithCheckpoint
+from .length_order import LengthOrder
 from .random_state import RandomState
 
 logger = logging.getLogger(__name__)
@@ -189,15 +190,12 @@ class CheckpointingTrainer(Trainer):
             self.state.best_model_checkpoint = str(best)
 
     def _note_callbacks(self) -> None:
+        states: dict[str, list[Any]] = {}
         for callback in (*self.callback_handler.callbacks, self.control):
-            if not isinstance(callback, ExportableState):
-                continue
-            name = type(callback).__name__
-            states = self.state.stateful_callbacks
-            if isinstance(states.get(name), list):
-                states[name].append(callback.state())
-            else:
-                states[name] = callback.state()
+            if isinstance(callback, ExportableState):
+                states.setdefault(type(callback).__name__, []).append(callback.state())
+        for name, own in states.items():
+            self.state.stateful_callbacks[name] = own if len(own) > 1 else own[0]
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Save model and tokenizer, without Trainer's pickled arguments (they hold the token)."""
@@ -221,6 +219,32 @@ class CheckpointingTrainer(Trainer):
         save_tree(tuple(RandomState.now()), folder / f"{_RANDOM}_{self.args.process_index}")
 
     # ---- going on ----
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(rows)
+        args = self.args
+        lengths = rows["length"] if hasattr(rows, "column_names") else [r["length"] for r in rows]
+        return LengthOrder(
+            list(lengths),
+            self._train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            args.seed if args.data_seed is None else args.data_seed,
+            # Not set_epoch: accelerate does not hand it on where batches are skipped.
+            lambda: int(self.state.epoch or 0),
+        )
+
+    def _load_callback_state(self) -> None:
+        """Callbacks (early stopping) go on with their counts, under the settings they have now."""
+        if self.args.restore_callback_states_from_checkpoint:
+            super()._load_callback_state()
+            return
+        for name, noted in self.state.stateful_callbacks.items():
+            states = noted if isinstance(noted, list) else [noted]
+            own = [c for c in self.callback_handler.callbacks if type(c).__name__ == name]
+            for callback, state in zip(own, states, strict=False):
+                for attribute, value in state.get("attributes", {}).items():
+                    setattr(callback, attribute, value)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or self._leaves_saving_to_library():

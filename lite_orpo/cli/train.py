@@ -84,7 +84,8 @@ def run_training(
     with library_refusals(path, (ImportError,)):
         trainer.train(resume_from_checkpoint=config.training.resume_from_checkpoint)
     state = trainer.state
-    if stop.reason is not None and state.global_step < state.max_steps:
+    if stop.has_stopped and state.global_step < state.max_steps:
+        assert stop.reason is not None
         command = command_to_go_on(path, overrides)
         name = f"checkpoint-{state.global_step}"
         print_stopped(console, stop.reason, state.global_step, state.max_steps, name, command)

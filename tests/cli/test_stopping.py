@@ -102,7 +102,7 @@ def test_a_stop_in_mid_epoch_is_exact_with_evaluations_at_its_end(train, tmp_pat
 def test_the_checkpoint_that_is_announced_stays_beside_the_best_one(train, tmp_path, monkeypatch):
     words = ("eval_strategy=steps", "eval_steps=1", "save_strategy=steps", "save_steps=1")
     words += ("load_best_model_at_end=true", "save_total_limit=1", "learning_rate=100")
-    send_at(monkeypatch, MetricsFile, "on_log", signal.SIGINT, when=at_step(3))
+    send_at(monkeypatch, MetricsFile, "on_log", signal.SIGINT, when=at_step(2))
     assert train(f"output_dir={tmp_path / 'stopped'}", *words)[0] == 130
     assert why_incomplete(tmp_path / "stopped" / "checkpoint-3") is None
 

@@ -60,9 +60,10 @@ def test_two_runs_with_one_seed_are_bit_identical_and_another_seed_is_not(tmp_pa
     assert losses[0] != losses[2]
 
 
+@pytest.mark.parametrize("order", ["random", "group_by_length", "sequential"])
 @pytest.mark.parametrize("step", [1, 3, 4], ids=["mid_epoch", "epoch_end", "second_epoch"])
-def test_a_resumed_run_is_bit_exact(step, tmp_path):
-    saving = {"save_strategy": "steps", "save_steps": 1}
+def test_a_resumed_run_is_bit_exact(step, order, tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 1, "train_sampling_strategy": order}
     straight = dropout_run(tmp_path, **saving)
     assert straight.state.global_step == 6
     resumed = dropout_run(tmp_path, resume=str(tmp_path / f"checkpoint-{step}"), **saving)
