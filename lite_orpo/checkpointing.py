@@ -61,6 +61,11 @@ class CheckpointingTrainer(Trainer):
         self._fingerprint = fingerprint_of(self)
         if not self._leaves_saving_to_library():
             self._prepare_folder(checkpoint)
+        elif self.is_world_process_zero():
+            logger.warning(
+                "checkpoints of a sharded model (FSDP) are written and read by FSDP's own "
+                "libraries: not staged, without a manifest, and not compared with the run"
+            )
         try:
             return super().train(resume_from_checkpoint=checkpoint, **kwargs)
         except EvaluationCut:
@@ -166,7 +171,8 @@ class CheckpointingTrainer(Trainer):
     def _write_checkpoint(self, run_dir: Path, final: Path) -> None:
         if not self.args.should_save:
             self.accelerator.wait_for_everyone()  # until the first rank has made the folder
-            self._save_random_state(staging_folder(final))
+            if not self.args.save_only_model:
+                self._save_random_state(staging_folder(final))
             self.accelerator.wait_for_everyone()
             return
         with staged(final) as folder:

@@ -43,6 +43,7 @@ class StopWithCheckpoint(TrainerCallback):
         self._ends_at: float | None = None
         self._handlers: dict[int, Any] = {}
         self._is_training = False
+        self._is_silent = False
         self._is_stopping = False
         self._saves_next = False
         self._put_back: dict[str, Any] = {}
@@ -50,6 +51,7 @@ class StopWithCheckpoint(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Begin to listen."""
         self._is_training = True
+        self._is_silent = args.process_index != 0
         if self._seconds is not None:
             self._ends_at = time.monotonic() + self._seconds
         if threading.current_thread() is threading.main_thread() and not self._handlers:
@@ -64,6 +66,8 @@ class StopWithCheckpoint(TrainerCallback):
             return
         self.signal = number
         self.reason = signal.Signals(number).name
+        if self._is_silent:
+            return
         # print may be in the middle of a line, but is safe to call from Python's handlers.
         print(f"\n{self.reason}: stopping after this step with a checkpoint; again to stop at once")
 

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from .data.row_batch import Pair
 from .errors import NonFiniteError
 
+REFUSED_STEPS = "lite_orpo/refused_steps"
+
 logger = logging.getLogger(__name__)
 
 
@@ -35,15 +37,19 @@ class StepGuard:
         self._refused = 0
         self._last_loss: Tensor | None = None  # what the log goes on with
 
-    def take(self, taken: int) -> dict[str, float]:
-        """What the log says of refused steps since it was asked last.
+    def note(self, logs: dict[str, float], taken: int) -> None:
+        """Put into a log line how many steps were refused since the last one.
 
         Args:
+            logs: of a training; the line at its end has a count only where there is one left.
             taken: steps since then that were taken. Without any, the loss is NaN, as it was.
         """
+        if "loss" not in logs and not ("train_loss" in logs and self._refused):
+            return
         count, self._refused = self._refused, 0
-        figures: dict[str, float] = {"lite_orpo/refused_steps": count}
-        return figures if taken or not count else {**figures, "loss": float("nan")}
+        logs[REFUSED_STEPS] = count
+        if "loss" in logs and count and not taken:
+            logs["loss"] = float("nan")
 
     def accepts(self, trainer: Any, loss: Tensor) -> bool:
         """Whether a step's loss and its gradients are finite on all ranks.
