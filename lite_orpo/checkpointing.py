@@ -31,6 +31,7 @@ from .checkpoint.tensor_tree import load_tree, save_tree
 from .errors import CheckpointError
 from .fingerprint import differences, fingerprint_of, write_fingerprint
 from .interruption import EvaluationCut, StopWithCheckpoint
+from .length_order import LengthOrder
 from .random_state import RandomState
 from .saved_folder import refuse_base_folder, refuse_foreign, refuse_pickles
 from .saving import SavingTrainer
@@ -65,6 +66,11 @@ class CheckpointingTrainer(SavingTrainer):
         self._fingerprint = fingerprint_of(self)
         if not self._leaves_saving_to_library():
             self._prepare_folder(checkpoint)
+        elif self.is_world_process_zero():
+            logger.warning(
+                "checkpoints of a sharded model (FSDP) are written and read by FSDP's own "
+                "libraries: not staged, without a manifest, and not compared with the run"
+            )
         try:
             return super().train(resume_from_checkpoint=checkpoint, **kwargs)
         except EvaluationCut:
@@ -179,7 +185,8 @@ class CheckpointingTrainer(SavingTrainer):
     def _write_checkpoint(self, run_dir: Path, final: Path) -> None:
         if not self.args.should_save:
             self.accelerator.wait_for_everyone()  # until the first rank has made the folder
-            self._save_random_state(staging_folder(final))
+            if not self.args.save_only_model:
+                self._save_random_state(staging_folder(final))
             self.accelerator.wait_for_everyone()
             return
         with staged(final) as folder:
@@ -203,15 +210,12 @@ class CheckpointingTrainer(SavingTrainer):
             self.state.best_model_checkpoint = str(best)
 
     def _note_callbacks(self) -> None:
+        states: dict[str, list[Any]] = {}
         for callback in (*self.callback_handler.callbacks, self.control):
-            if not isinstance(callback, ExportableState):
-                continue
-            name = type(callback).__name__
-            states = self.state.stateful_callbacks
-            if isinstance(states.get(name), list):
-                states[name].append(callback.state())
-            else:
-                states[name] = callback.state()
+            if isinstance(callback, ExportableState):
+                states.setdefault(type(callback).__name__, []).append(callback.state())
+        for name, own in states.items():
+            self.state.stateful_callbacks[name] = own if len(own) > 1 else own[0]
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self._leaves_saving_to_library():
@@ -252,6 +256,32 @@ class CheckpointingTrainer(SavingTrainer):
         if self.args.load_best_model_at_end:
             logger.warning("%s, the best so far, is not there any more", name)
         return None
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(rows)
+        args = self.args
+        lengths = rows["length"] if hasattr(rows, "column_names") else [r["length"] for r in rows]
+        return LengthOrder(
+            list(lengths),
+            self._train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            args.seed if args.data_seed is None else args.data_seed,
+            # Not set_epoch: accelerate does not hand it on where batches are skipped.
+            lambda: int(self.state.epoch or 0),
+        )
+
+    def _load_callback_state(self) -> None:
+        """Callbacks (early stopping) go on with their counts, under the settings they have now."""
+        if self.args.restore_callback_states_from_checkpoint:
+            super()._load_callback_state()
+            return
+        for name, noted in self.state.stateful_callbacks.items():
+            states = noted if isinstance(noted, list) else [noted]
+            own = [c for c in self.callback_handler.callbacks if type(c).__name__ == name]
+            for callback, state in zip(own, states, strict=False):
+                for attribute, value in state.get("attributes", {}).items():
+                    setattr(callback, attribute, value)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or self._leaves_saving_to_library():

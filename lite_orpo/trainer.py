@@ -271,8 +271,7 @@ class ORPOTrainer(EvaluatingTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics of the steps since the last log line."""
-        if "loss" in logs:
-            logs.update(self._guard.take(self._throughput.steps))
+        self._guard.note(logs, self._throughput.steps)
         if "loss" in logs and self._throughput.steps:
             parts = self._sum_over_ranks(self._train_parts)
             averages = (parts / self._throughput.steps).tolist()  # waits for the device

@@ -41,7 +41,7 @@ from .output_folder import (
 )
 from .quick_check import print_quick_check
 from .stopped import command_to_go_on, print_stopped
-from .train_output import print_outcome, print_samples, print_start, print_usage
+from .train_output import print_outcome, print_refused, print_samples, print_start, print_usage
 
 
 def run_training(
@@ -64,6 +64,7 @@ def run_training(
     quiet_libraries(console)
     started = time.perf_counter()
     config = load_run_config(path, overrides)
+    console.quiet = config.training.process_index != 0  # not every launcher sets RANK
     sources = open_sources(config)
     check_output_dir(config, path)
     print_quick_check(console, sources.train, sources.held_out)
@@ -86,8 +87,11 @@ def run_training(
     with library_refusals(path, (ImportError,)):
         trainer.train(resume_from_checkpoint=config.training.resume_from_checkpoint)
     state = trainer.state
-    if stop.reason is not None and state.global_step < state.max_steps:
-        command = command_to_go_on(path, overrides)
+    metrics_file = output_dir / METRICS_FILE
+    print_refused(console, read_metrics(metrics_file) if metrics_file.exists() else [])
+    if stop.has_stopped and state.global_step < state.max_steps:
+        assert stop.reason is not None
+        command = command_to_go_on(path, overrides, os.environ)
         name = f"checkpoint-{state.global_step}"
         print_stopped(console, stop.reason, state.global_step, state.max_steps, name, command)
         return 0 if stop.signal is None else 128 + stop.signal

@@ -1,5 +1,6 @@
 """What `lite-orpo train` prints: the start, the samples, the outcome, and how to go on."""
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from ..config.run_config import RunConfig
 from ..model.adapter import model_device
 from ..report.card import RESULTS
 from ..report.samples import Answered
+from ..step_guard import REFUSED_STEPS
 
 
 def print_start(
@@ -71,6 +73,23 @@ def print_outcome(
                 table.add_row(label, old, f"{after[key]:.3f}")
         console.print(table)
     console.print(f"Finished in {seconds:.0f} s.")
+
+
+def print_refused(console: Console, lines: Iterable[Mapping[str, Any]]) -> None:
+    """Say how many steps of a run were not taken, if there were any.
+
+    Args:
+        console: where to.
+        lines: of the run's metrics file.
+    """
+    count = sum(line.get(REFUSED_STEPS, 0) for line in lines)
+    if count:
+        steps = "1 step was" if count == 1 else f"{count} steps were"
+        console.print(
+            f"{steps} not taken, for a loss or gradient that was not finite; the warnings above "
+            "name the rows.",
+            soft_wrap=True,
+        )
 
 
 def print_usage(

@@ -28,6 +28,7 @@ RANK = {
     "lite_orpo.device_memory": 0,
     "lite_orpo.interruption": 0,
     "lite_orpo.random_state": 0,
+    "lite_orpo.length_order": 0,
     "lite_orpo.checkpoint": 1,
     "lite_orpo.fingerprint": 4,
     "lite_orpo.saved_folder": 5,
