@@ -100,10 +100,8 @@ def _draw_curves(axis: Any, shown: Sequence[Result], colors: Sequence[str]) -> N
             axis.plot(*zip(*points, strict=True), marker="o", markersize=4, color=color)
     if not has_any:
         axis.set_axis_off()
-        axis.text(
-            0.5, 0.5, "held-out figures by step:\nset eval_strategy", ha="center", va="center",
-            fontsize=9, color="#777777",
-        )  # fmt: skip
+        text = "fewer than two evaluations\non the way (eval_steps)"
+        axis.text(0.5, 0.5, text, ha="center", va="center", fontsize=9, color="#777777")
         return
     axis.set_title("Held-out log odds by optimiser step", fontsize=10)
     axis.grid(alpha=0.25)

@@ -35,6 +35,8 @@ def print_comparison(console: Console, results: Sequence[Result], pairs: int) ->
         title=f"{pairs:,} held-out pairs; below each figure its 95 % interval",
         title_justify="left",
         box=None,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
     )
     table.add_column("", overflow="fold", min_width=8)
     shown = [figure for figure in _FIGURES if figure[0] != CONTROLLED or console.width >= _WIDE]
