@@ -26,7 +26,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .checkpoint.find import newest_complete, rotate, set_aside
 from .checkpoint.manifest import why_incomplete
-from .checkpoint.staging import remove_leftovers, staged, staging_folder
+from .checkpoint.staging import put_back, remove_leftovers, staged, staging_folder
 from .checkpoint.tensor_tree import load_tree, save_tree
 from .errors import CheckpointError
 from .fingerprint import differences, fingerprint_of, write_fingerprint
@@ -103,6 +103,7 @@ class CheckpointingTrainer(Trainer):
         if wanted is None or wanted is False or self._leaves_saving_to_library():
             return wanted  # type: ignore[return-value]
         if wanted is not True:
+            put_back(Path(wanted).parent)
             reason = why_incomplete(Path(wanted))
             if reason is not None:
                 raise CheckpointError(

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ..checkpoint.find import newest_complete
 from ..checkpoint.manifest import why_incomplete
+from ..checkpoint.staging import put_back
 from ..config.run_config import RunConfig
 from ..errors import ConfigError
 
@@ -70,6 +71,7 @@ def _check_checkpoint(resume: str | bool, folder: Path) -> None:
             holds = f"no complete one ({reasons})" if reasons else "none"
             raise ConfigError(f"--resume needs a checkpoint, but {folder} holds {holds}")
         return
+    put_back(Path(str(resume)).parent)
     reason = why_incomplete(Path(str(resume)))
     if reason is not None:
         newest = newest_complete(folder).checkpoint
