@@ -19,7 +19,8 @@ from torch import nn
 from . import offline_bitsandbytes  # noqa: F401  (before transformers imports it)
 
 # isort: split
-from transformers import Trainer
+from peft import PeftModel
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -32,6 +33,7 @@ from .errors import CheckpointError
 from .fingerprint import differences, fingerprint_of, write_fingerprint
 from .interruption import EvaluationCut, StopWithCheckpoint
 from .random_state import RandomState
+from .writing import write_reason, writing
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +58,7 @@ class CheckpointingTrainer(Trainer):
             CheckpointError: there is no complete checkpoint to go on from, or the one that is
                 named is none.
         """
-        checkpoint = self._resolve(resume_from_checkpoint)
+        checkpoint = self._resolve(resume_from_checkpoint) or None
         self._fingerprint = fingerprint_of(self)
         if not self._leaves_saving_to_library():
             self._prepare_folder(checkpoint)
@@ -147,15 +149,9 @@ class CheckpointingTrainer(Trainer):
             self.store_flos()
         run_dir = Path(self._get_output_dir(trial=trial))
         final = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        try:
+        advice = "earlier checkpoints are as they were: mend that, and go on with "
+        with writing(final.name, advice + "resume_from_checkpoint: true"):
             self._write_checkpoint(run_dir, final)
-        except Exception as error:
-            if not is_write_error(error):
-                raise
-            raise CheckpointError(
-                f"{final.name} could not be written ({write_reason(error)}); earlier checkpoints "
-                "are as they were: mend that, and go on with resume_from_checkpoint: true"
-            ) from error
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(final))
         if self.args.should_save:
@@ -201,10 +197,18 @@ class CheckpointingTrainer(Trainer):
                 states[name] = callback.state()
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Save model and tokenizer, without Trainer's pickled arguments (they hold the token)."""
-        super()._save(output_dir, state_dict)
-        folder = Path(output_dir if output_dir is not None else self.args.output_dir)
-        (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+        """Save model and tokenizer, without Trainer's pickled arguments.
+
+        They hold the hub's token, and on a full disk torch fails at them with no word of it.
+        """
+        folder = str(output_dir if output_dir is not None else self.args.output_dir)
+        is_sharded = self._leaves_saving_to_library() or self.is_distributed_loading_by_transformers
+        if is_sharded or not isinstance(self.model, (PreTrainedModel, PeftModel)):
+            super()._save(folder, state_dict)
+            Path(folder, TRAINING_ARGS_NAME).unlink(missing_ok=True)
+        elif self.args.should_save:
+            self.model.save_pretrained(folder, state_dict=state_dict)
+            self.processing_class.save_pretrained(folder)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self._leaves_saving_to_library():
@@ -263,14 +267,3 @@ def _reading(checkpoint: str) -> Iterator[None]:
             f"{checkpoint} does not fit this run ({write_reason(error)}): it was saved without its "
             "training state (save_only_model), or with another optimiser or adapter"
         ) from error
-
-
-def is_write_error(error: BaseException) -> bool:
-    """Whether a file could not be written; the tokenizer's own library raises no OSError then."""
-    return isinstance(error, (OSError, SafetensorError)) or "os error" in str(error)
-
-
-def write_reason(error: BaseException) -> str:
-    """In a few words."""
-    strerror = getattr(error, "strerror", None)
-    return str(strerror or error or type(error).__name__).splitlines()[0]

@@ -15,6 +15,9 @@ from torch import distributed
 from transformers import TrainerCallback
 
 _SIGNALS = ("SIGINT", "SIGTERM")
+# Of several ranks, a launcher hands a signal on that its ranks may have had from a terminal or a
+# batch system already: what follows so soon is no second word.
+_HANDED_ON_SECONDS = 2.0
 
 
 class EvaluationCut(Exception):
@@ -24,7 +27,8 @@ class EvaluationCut(Exception):
 class StopWithCheckpoint(TrainerCallback):
     """Stops a training after its current step and has it saved, when a signal or the clock asks.
 
-    A second signal stops at once, as if this was not there. Signals are listened to while the
+    A second signal stops at once, as if this was not there; with several ranks, one that comes two
+    seconds later or more. Signals are listened to while the
     training runs, in the main thread.
 
     Args:
@@ -38,6 +42,8 @@ class StopWithCheckpoint(TrainerCallback):
         """The signal, where one was the reason."""
         self._seconds = seconds
         self._ends_at: float | None = None
+        self._asked_at = 0.0
+        self._has_launcher = False
         self._handlers: dict[int, Any] = {}
         self._is_training = False
         self._put_back: dict[str, Any] = {}
@@ -45,6 +51,7 @@ class StopWithCheckpoint(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Begin to listen."""
         self._is_training = True
+        self._has_launcher = args.world_size > 1
         if self._seconds is not None:
             self._ends_at = time.monotonic() + self._seconds
         if threading.current_thread() is threading.main_thread() and not self._handlers:
@@ -54,10 +61,13 @@ class StopWithCheckpoint(TrainerCallback):
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None:
+            if self._has_launcher and time.monotonic() - self._asked_at < _HANDED_ON_SECONDS:
+                return
             self.stop_listening()
             signal.raise_signal(number)
             return
         self.signal = number
+        self._asked_at = time.monotonic()
         self.reason = signal.Signals(number).name
         # print may be in the middle of a line, but is safe to call from Python's handlers.
         print(f"\n{self.reason}: stopping after this step with a checkpoint; again to stop at once")

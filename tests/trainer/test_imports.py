@@ -25,6 +25,7 @@ RANK = {
     "lite_orpo.interruption": 0,
     "lite_orpo.random_state": 0,
     "lite_orpo.checkpoint": 1,
+    "lite_orpo.writing": 1,
     "lite_orpo.fingerprint": 4,
     "lite_orpo.checkpointing": 5,
     "lite_orpo.memory_items": 4,
