@@ -156,7 +156,8 @@ def test_death_at_every_system_call_of_a_save_leaves_the_old_or_the_new_checkpoi
     new = deaths.final["checkpoint-3"]
     check_old_or_new(deaths, digests(unbroken / "checkpoint-2"), new)
     kinds = deaths.kinds()
-    assert all(kinds[name] for name in GROUPS), kinds
+    # Nothing is removed in a save that has nothing in its way; below it is.
+    assert all(kinds[name] for name in GROUPS if name != "remove"), kinds
     # Each file of it was made, written and synced under the tracer's eyes: Rust's too.
     staging = staging_folder(tmp_path / "checkpoint-3").name
     of_kind = {

@@ -233,3 +233,8 @@ def test_a_scalers_state_is_saved_and_loaded(unbroken, tmp_path):
     run._save_scaler(str(tmp_path))
     run._load_scaler(str(tmp_path))
     assert run.accelerator.scaler.loaded == Scaler.state
+
+
+def test_not_to_resume_can_be_said(tmp_path):
+    trainer(tmp_path).train(resume_from_checkpoint=False)
+    assert why_incomplete(tmp_path / "checkpoint-4") is None
