@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lite_orpo_kernels import fused_linear_logprobs, fused_orpo_loss
 
+    from .chat_format import setup_chat_format
     from .config.orpo_config import ORPOConfig
     from .trainer import ORPOTrainer
 
@@ -20,6 +21,7 @@ __all__ = [
     "__version__",
     "fused_linear_logprobs",
     "fused_orpo_loss",
+    "setup_chat_format",
 ]
 
 _HOME = {
@@ -27,6 +29,7 @@ _HOME = {
     "ORPOTrainer": "lite_orpo.trainer",
     "fused_linear_logprobs": "lite_orpo_kernels",
     "fused_orpo_loss": "lite_orpo_kernels",
+    "setup_chat_format": "lite_orpo.chat_format",
 }
 
 

@@ -7,6 +7,7 @@ process and data parallelism; what FSDP saves is written by its own libraries, a
 """
 
 import contextlib
+import inspect
 import json
 import logging
 from collections.abc import Iterator
@@ -19,9 +20,7 @@ from torch import nn
 from . import offline_bitsandbytes  # noqa: F401  (before transformers imports it)
 
 # isort: split
-from peft import PeftModel
-from transformers import PreTrainedModel, Trainer
-from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -32,7 +31,10 @@ from .checkpoint.tensor_tree import load_tree, save_tree
 from .errors import CheckpointError
 from .fingerprint import differences, fingerprint_of, write_fingerprint
 from .interruption import EvaluationCut, StopWithCheckpoint
+from .length_order import LengthOrder
 from .random_state import RandomState
+from .saved_folder import refuse_base_folder, refuse_foreign, refuse_pickles
+from .saving import SavingTrainer
 from .writing import write_reason, writing
 
 logger = logging.getLogger(__name__)
@@ -40,11 +42,10 @@ logger = logging.getLogger(__name__)
 _OPTIMIZER, _SCHEDULER, _SCALER, _RANDOM = "optimizer", "scheduler", "scaler", "random"
 
 
-class CheckpointingTrainer(Trainer):
+class CheckpointingTrainer(SavingTrainer):
     """The part of `ORPOTrainer` that saves and goes on."""
 
     control: Any
-    _fingerprint: dict[str, Any]
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Train; see transformers' Trainer.
@@ -54,14 +55,23 @@ class CheckpointingTrainer(Trainer):
                 the folder of one.
             kwargs: as in transformers.
 
+        Checkpoints of an earlier run in `output_dir` that is not gone on with are set aside under
+        another name, with a warning.
+
         Raises:
             CheckpointError: there is no complete checkpoint to go on from, or the one that is
-                named is none.
+                named is none; or `output_dir` holds weights or checkpoints of something else, or
+                is the base model's own folder.
         """
         checkpoint = self._resolve(resume_from_checkpoint) or None
         self._fingerprint = fingerprint_of(self)
         if not self._leaves_saving_to_library():
             self._prepare_folder(checkpoint)
+        elif self.is_world_process_zero():
+            logger.warning(
+                "checkpoints of a sharded model (FSDP) are written and read by FSDP's own "
+                "libraries: not staged, without a manifest, and not compared with the run"
+            )
         try:
             return super().train(resume_from_checkpoint=checkpoint, **kwargs)
         except EvaluationCut:
@@ -77,21 +87,27 @@ class CheckpointingTrainer(Trainer):
     def _prepare_folder(self, checkpoint: str | None) -> None:
         """Compare what is gone on from with this run, and set later checkpoints aside."""
         output_dir = Path(self.args.output_dir)
+        is_own = (
+            checkpoint is not None and Path(checkpoint).resolve().parent == output_dir.resolve()
+        )
+        saves = self.args.save_strategy != "no"
+        if saves:
+            refuse_base_folder(output_dir, self._base_name())
+            if not is_own:
+                refuse_foreign(output_dir)
         if checkpoint is not None:
+            refuse_pickles(Path(checkpoint))
             self._compare(Path(checkpoint))
             self._refuse_finished(Path(checkpoint))
         self.accelerator.wait_for_everyone()
         if not self.args.should_save:
             return
         remove_leftovers(output_dir)
-        if checkpoint is not None and Path(checkpoint).resolve().parent == output_dir.resolve():
-            names = set_aside(output_dir, Path(checkpoint))
+        if is_own or saves:
+            names = set_aside(output_dir, Path(checkpoint if is_own and checkpoint else ""))
+            whose = f"later steps than {Path(checkpoint).name}" if checkpoint else "an earlier run"
             if names:
-                logger.warning(
-                    "checkpoints of later steps than %s are set aside: %s",
-                    Path(checkpoint).name,
-                    ", ".join(names),
-                )
+                logger.warning("checkpoints of %s are set aside: %s", whose, ", ".join(names))
 
     def _refuse_finished(self, checkpoint: Path) -> None:
         state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
@@ -144,6 +160,9 @@ class CheckpointingTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self._leaves_saving_to_library():
             super()._save_checkpoint(model, trial)
+            if self.args.should_save:
+                name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+                self._write_state(Path(self._get_output_dir(trial=trial), name))
             return
         if self.hp_search_backend is None and trial is None:
             self.store_flos()
@@ -162,7 +181,8 @@ class CheckpointingTrainer(Trainer):
     def _write_checkpoint(self, run_dir: Path, final: Path) -> None:
         if not self.args.should_save:
             self.accelerator.wait_for_everyone()  # until the first rank has made the folder
-            self._save_random_state(staging_folder(final))
+            if not self.args.save_only_model:
+                self._save_random_state(staging_folder(final))
             self.accelerator.wait_for_everyone()
             return
         with staged(final) as folder:
@@ -174,7 +194,7 @@ class CheckpointingTrainer(Trainer):
                 self._save_random_state(folder)
             write_fingerprint(folder, self._fingerprint)
             self._note_callbacks()
-            self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+            self._write_state(folder)
             self.accelerator.wait_for_everyone()
             self.accelerator.wait_for_everyone()  # until the others' random states are there
 
@@ -186,29 +206,12 @@ class CheckpointingTrainer(Trainer):
             self.state.best_model_checkpoint = str(best)
 
     def _note_callbacks(self) -> None:
+        states: dict[str, list[Any]] = {}
         for callback in (*self.callback_handler.callbacks, self.control):
-            if not isinstance(callback, ExportableState):
-                continue
-            name = type(callback).__name__
-            states = self.state.stateful_callbacks
-            if isinstance(states.get(name), list):
-                states[name].append(callback.state())
-            else:
-                states[name] = callback.state()
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Save model and tokenizer, without Trainer's pickled arguments.
-
-        They hold the hub's token, and on a full disk torch fails at them with no word of it.
-        """
-        folder = str(output_dir if output_dir is not None else self.args.output_dir)
-        is_sharded = self._leaves_saving_to_library() or self.is_distributed_loading_by_transformers
-        if is_sharded or not isinstance(self.model, (PreTrainedModel, PeftModel)):
-            super()._save(folder, state_dict)
-            Path(folder, TRAINING_ARGS_NAME).unlink(missing_ok=True)
-        elif self.args.should_save:
-            self.model.save_pretrained(folder, state_dict=state_dict)
-            self.processing_class.save_pretrained(folder)
+            if isinstance(callback, ExportableState):
+                states.setdefault(type(callback).__name__, []).append(callback.state())
+        for name, own in states.items():
+            self.state.stateful_callbacks[name] = own if len(own) > 1 else own[0]
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self._leaves_saving_to_library():
@@ -226,6 +229,55 @@ class CheckpointingTrainer(Trainer):
         save_tree(tuple(RandomState.now()), folder / f"{_RANDOM}_{self.args.process_index}")
 
     # ---- going on ----
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
+        given = inspect.signature(super()._init_training_state).bind(*args, **kwargs).arguments
+        checkpoint = given["resume_from_checkpoint"]
+        if checkpoint is None:
+            return super()._init_training_state(*args, **kwargs)
+        # Trainer takes the best checkpoint's name for a path from where the process runs.
+        with _unheard(logging.getLogger("transformers.trainer"), "The best checkpoint"):
+            begun = super()._init_training_state(*args, **kwargs)
+        self.state.best_model_checkpoint = self._find_best(Path(checkpoint))
+        return begun
+
+    def _find_best(self, checkpoint: Path) -> str | None:
+        """Where the best checkpoint so far is now: beside the one that is gone on from."""
+        if not self.state.best_global_step:
+            return None
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+        for folder in (checkpoint.parent, Path(self.args.output_dir)):
+            if (folder / name).is_dir():
+                return str(folder / name)
+        if self.args.load_best_model_at_end:
+            logger.warning("%s, the best so far, is not there any more", name)
+        return None
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(rows)
+        args = self.args
+        lengths = rows["length"] if hasattr(rows, "column_names") else [r["length"] for r in rows]
+        return LengthOrder(
+            list(lengths),
+            self._train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            args.seed if args.data_seed is None else args.data_seed,
+            # Not set_epoch: accelerate does not hand it on where batches are skipped.
+            lambda: int(self.state.epoch or 0),
+        )
+
+    def _load_callback_state(self) -> None:
+        """Callbacks (early stopping) go on with their counts, under the settings they have now."""
+        if self.args.restore_callback_states_from_checkpoint:
+            super()._load_callback_state()
+            return
+        for name, noted in self.state.stateful_callbacks.items():
+            states = noted if isinstance(noted, list) else [noted]
+            own = [c for c in self.callback_handler.callbacks if type(c).__name__ == name]
+            for callback, state in zip(own, states, strict=False):
+                for attribute, value in state.get("attributes", {}).items():
+                    setattr(callback, attribute, value)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or self._leaves_saving_to_library():
@@ -256,6 +308,18 @@ class CheckpointingTrainer(Trainer):
             return
         with _reading(checkpoint):
             RandomState(*load_tree(stem)).put_back()
+
+
+@contextlib.contextmanager
+def _unheard(library: logging.Logger, beginning: str) -> Iterator[None]:
+    def is_heard(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(beginning)
+
+    library.addFilter(is_heard)
+    try:
+        yield
+    finally:
+        library.removeFilter(is_heard)
 
 
 @contextlib.contextmanager

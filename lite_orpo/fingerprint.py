@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .losses.objective import Objective
 from .model.head import innermost_causal_lm
 from .model.host_memory import host_weight
 
@@ -37,13 +38,12 @@ def fingerprint_of(trainer: Any) -> dict[str, Any]:
     """
     args, tokenizer = trainer.args, trainer.processing_class
     return {
-        "base weights": _weights(trainer.model),
-        "data": _data(trainer.train_dataset),
+        "base weights": weights_digest(trainer.model),
+        "data": data_digest(trainer.train_dataset),
         "adapter": _adapters(trainer.model),
         "chat template": _digest([str(tokenizer.chat_template).encode()]),
         "loss settings": {
-            "weight": args.odds_ratio_weight,
-            "temperature": args.odds_ratio_temperature,
+            **Objective.of(args).settings(),
             "nll_tokens": args.nll_tokens,
         },
         "pairs of a step": {
@@ -89,8 +89,8 @@ def write_fingerprint(folder: Path, fingerprint: dict[str, Any]) -> None:
     (folder / FINGERPRINT_FILE).write_text(text + "\n", encoding="utf-8")
 
 
-def _weights(model: nn.Module) -> str:
-    """Of the weights under an adapter; of all, where none is."""
+def weights_digest(model: nn.Module) -> str:
+    """Digest of the weights under an adapter; of all, where none is. Sampled."""
     has_adapter = hasattr(model, "peft_config")
 
     weights: dict[str, Tensor] = {
@@ -113,7 +113,8 @@ def _sample(name: str, weight: Tensor) -> Iterator[bytes]:
     yield flat[::step].cpu().contiguous().view(torch.uint8).numpy().tobytes()
 
 
-def _data(dataset: Any) -> str:
+def data_digest(dataset: Any) -> str:
+    """Digest of all token ids of a prepared data set."""
     return _digest(_arrow_parts(dataset) if hasattr(dataset, "with_format") else _parts(dataset))
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import distributed
 from transformers import TrainerCallback
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 _SIGNALS = ("SIGINT", "SIGTERM")
 # Of several ranks, a launcher hands a signal on that its ranks may have had from a terminal or a
@@ -40,18 +41,24 @@ class StopWithCheckpoint(TrainerCallback):
         """Why the training was stopped; None while it was not."""
         self.signal: int | None = None
         """The signal, where one was the reason."""
+        self.has_stopped = False
+        """Whether the training ended before its own end, with a checkpoint of its last step."""
         self._seconds = seconds
         self._ends_at: float | None = None
         self._asked_at = 0.0
         self._has_launcher = False
         self._handlers: dict[int, Any] = {}
         self._is_training = False
+        self._is_silent = False
+        self._is_stopping = False
+        self._saves_next = False
         self._put_back: dict[str, Any] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Begin to listen."""
         self._is_training = True
         self._has_launcher = args.world_size > 1
+        self._is_silent = args.process_index != 0
         if self._seconds is not None:
             self._ends_at = time.monotonic() + self._seconds
         if threading.current_thread() is threading.main_thread() and not self._handlers:
@@ -69,26 +76,58 @@ class StopWithCheckpoint(TrainerCallback):
         self.signal = number
         self._asked_at = time.monotonic()
         self.reason = signal.Signals(number).name
+        if self._is_silent:
+            return
         # print may be in the middle of a line, but is safe to call from Python's handlers.
         print(f"\n{self.reason}: stopping after this step with a checkpoint; again to stop at once")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Stop and save, if any rank was asked to."""
+        """Stop and save, if any rank was asked to and the training is not at its end anyway."""
         if self.reason is None and self._ends_at is not None and time.monotonic() >= self._ends_at:
             self.reason = "the time is over"
-        if _any_rank(self.reason is not None, args.device):
-            self.reason = self.reason or "another rank was asked to stop"
-            control.should_training_stop = True
-            control.should_save = True
-            # At the end of a training transformers would load the best checkpoint and delete
-            # the one that is announced here; this is not the end.
-            for name, value in (("load_best_model_at_end", False), ("save_total_limit", None)):
-                self._put_back.setdefault(name, getattr(args, name))
-                setattr(args, name, value)
+        if not _any_rank(self.reason is not None, args.device):
+            return
+        self.reason = self.reason or "another rank was asked to stop"
+        if control.should_training_stop:
+            return
+        self._is_stopping = True
+        # At the end of a training transformers would load the best checkpoint and delete the one
+        # that is announced here; this is not the end. Nor is only the best one saved.
+        for name, value in (("load_best_model_at_end", False), ("save_total_limit", None)):
+            self._set_aside(args, name, value)
+        if args.save_strategy == SaveStrategy.BEST:
+            self._set_aside(args, "save_strategy", SaveStrategy.STEPS)
+        ends_epoch = state.epoch is not None and float(state.epoch).is_integer()
+        if not (
+            ends_epoch
+            and args.eval_strategy == IntervalStrategy.EPOCH
+            and _depends_on_evaluations(args)
+        ):
+            self._save(control)
+
+    def _save(self, control: Any) -> None:
+        """Stop when that is done: an evaluation of this step may still end the training itself."""
+        self._saves_next = control.should_save = True
+
+    def _set_aside(self, args: Any, name: str, value: Any) -> None:
+        self._put_back.setdefault(name, getattr(args, name))
+        setattr(args, name, value)
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """End the training here, unless an evaluation just ended it (early stopping)."""
+        if not self._saves_next:
+            return
+        self._saves_next = self._is_stopping = False
+        self.has_stopped = not control.should_training_stop
+        control.should_training_stop = True
+        if not self.has_stopped:
+            self._put_args_back(args)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Nothing of what comes at an epoch's end: a stopped epoch has not ended."""
-        if control.should_training_stop and self.reason is not None:
+        """Nothing of what comes at an epoch's end, unless it has ended and is waited for."""
+        if self._is_stopping:
+            self._save(control)
+        elif self.has_stopped:
             control.should_evaluate = control.should_save = False
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -98,15 +137,19 @@ class StopWithCheckpoint(TrainerCallback):
         """
         is_cut = self._is_training and self.signal is not None and args.world_size == 1
         if is_cut and not _depends_on_evaluations(args):
+            self.has_stopped = True
             raise EvaluationCut
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Listen no longer."""
         self._is_training = False
+        self._put_args_back(args)
+        self.stop_listening()
+
+    def _put_args_back(self, args: Any) -> None:
         for name, value in self._put_back.items():
             setattr(args, name, value)
         self._put_back = {}
-        self.stop_listening()
 
     def stop_listening(self) -> None:
         """Give the signals back to whom they had."""

@@ -1,13 +1,18 @@
-"""What `ORPOTrainer` arranges before its first step: launch, tokenizer, model and adapter.
+"""What `ORPOTrainer` arranges before its first step: call, launch, tokenizer, model and adapter.
 
 Each function refuses, in one line, what would otherwise train silently wrong.
 """
 
 import logging
+import os
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
+from transformers.integrations import TensorBoardCallback
 
+from .config.legacy_names import kept
 from .config.options import ModelOptions
 from .config.orpo_config import ORPOConfig
 from .data.preparation import LengthRule
@@ -66,6 +71,96 @@ def check_parallelism(trainer: Any) -> None:
     )
 
 
+_UNUSED = {
+    "data_collator": "pairs are put together here; leave it out (rows go to train_dataset=)",
+    "compute_metrics": "no logits are made to compute them from; TRL's metrics are always logged",
+    "preprocess_logits_for_metrics": "no logits are made; leave it out",
+}
+
+
+def refuse_unused(**arguments: Any) -> None:
+    """Refuse arguments of TRL's trainer that nothing here could use.
+
+    Raises:
+        ConfigError: one of them is not None.
+    """
+    for name, value in arguments.items():
+        if value is not None:
+            raise ConfigError(
+                f"{name} (found {type(value).__name__}) cannot be used: {_UNUSED[name]}"
+            )
+
+
+def resolve_model(model: Any, args: ORPOConfig, model_init: Callable[[], Any] | None) -> Any:
+    """The model that was given, made by `model_init`, or named in the arguments.
+
+    Args:
+        model: a model, a name, or None.
+        args: may name it (`model_name_or_path`), and say how a name is loaded
+            (`model_init_kwargs`, `trust_remote_code`).
+        model_init: makes the model; called once, without arguments.
+
+    Returns:
+        A model, or the options to load one by.
+
+    Raises:
+        ConfigError: two different models, or a way to load what is loaded already.
+        ModelError: there is none.
+    """
+    named, init = kept(args, "model_name_or_path"), kept(args, "model_init_kwargs")
+    if model_init is not None:
+        if model is not None:
+            raise ConfigError("model and model_init are both given; give one")
+        model = model_init()
+    if model is None and named is None:
+        raise ModelError("ORPOTrainer needs a model: a CausalLM or a name to load one by")
+    name = model if isinstance(model, str) else getattr(model, "name_or_path", None) or named
+    if model is not None and named not in (None, name):
+        raise ConfigError(
+            f"model_name_or_path is {named!r} in the arguments, but model is {name!r}; give one"
+        )
+    if model is not None and not isinstance(model, str):
+        if init:
+            raise ConfigError(
+                f"model_init_kwargs ({', '.join(init)}) say how to load a model by its name, but "
+                "model is loaded already; load it with them, and leave them out here"
+            )
+        return model
+    trusts = bool(kept(args, "trust_remote_code"))
+    options = ModelOptions(model_name_or_path=name, trust_remote_code=trusts)
+    return replace(options, **_load_options(init or {}))
+
+
+_INIT_KWARGS = {
+    "dtype": "dtype",
+    "torch_dtype": "dtype",
+    "revision": "model_revision",
+    **{
+        name: name
+        for name in ("attn_implementation", "trust_remote_code", "load_in_4bit", "load_in_8bit")
+    },
+}
+# What only says again how a model is trained here anyway.
+_IMPLIED_INIT_KWARGS = {"use_cache": (False,), "low_cpu_mem_usage": (True, False)}
+
+
+def _load_options(init: Any) -> dict[str, Any]:
+    if not isinstance(init, dict):
+        raise ConfigError(f"model_init_kwargs must be a dictionary, found {init!r}")
+    options = {}
+    for name, value in init.items():
+        if name in _IMPLIED_INIT_KWARGS and value in _IMPLIED_INIT_KWARGS[name]:
+            continue
+        if name not in _INIT_KWARGS:
+            raise ConfigError(
+                f"model_init_kwargs: {name} is not known (known: {', '.join(_INIT_KWARGS)}); load "
+                "the model with it yourself, and pass the model"
+            )
+        is_dtype = isinstance(value, torch.dtype)
+        options[_INIT_KWARGS[name]] = str(value).removeprefix("torch.") if is_dtype else value
+    return options
+
+
 def resolve_tokenizer(model: Any, processing_class: Any, tokenizer: Any) -> Any:
     """The tokenizer that was given under either name, or the model's own.
 
@@ -78,9 +173,9 @@ def resolve_tokenizer(model: Any, processing_class: Any, tokenizer: Any) -> Any:
     given = processing_class if processing_class is not None else tokenizer
     if given is not None:
         return given
-    name = (
-        model if isinstance(model, str) else getattr(innermost_causal_lm(model), "name_or_path", "")
-    )
+    if isinstance(model, ModelOptions):
+        return load_tokenizer(model)
+    name = getattr(innermost_causal_lm(model), "name_or_path", "")
     if not name:
         raise ModelError("the model does not name its tokenizer; pass processing_class")
     return load_tokenizer(ModelOptions(model_name_or_path=name))
@@ -97,14 +192,16 @@ def pad_token_id(tokenizer: Any) -> int:
 def prepare_model(model: Any, args: ORPOConfig, peft_config: Any) -> Any:
     """Load, check and wrap the model.
 
+    Args:
+        model: what `resolve_model` returned.
+        args: the run's arguments.
+        peft_config: the adapter to put on it, or None.
+
     Raises:
         ModelError: the model cannot be trained here, or the adapter does not fit it.
     """
-    if model is None:
-        raise ModelError("ORPOTrainer needs a model: a CausalLM or a name to load one by")
-    if isinstance(model, str):
-        options = ModelOptions(model_name_or_path=model)
-        model = load_model(options, args.device, trains_all_weights=peft_config is None)
+    if isinstance(model, ModelOptions):
+        model = load_model(model, args.device, trains_all_weights=peft_config is None)
     causal_lm = innermost_causal_lm(model)
     get_head = getattr(causal_lm, "get_output_embeddings", None)
     if get_head is None or get_head() is None:
@@ -188,3 +285,13 @@ def length_rule(model: Any, args: ORPOConfig) -> LengthRule:
         )
         max_length = int(positions)
     return LengthRule(max_length, args.overlong_rows)
+
+
+def direct_tensorboard(trainer: Any) -> None:
+    """Let TensorBoard write into `logging_dir`, where the arguments were given that old name."""
+    folder = kept(trainer.args, "logging_dir")
+    if folder is None:
+        return
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback):
+            callback.logging_dir = os.path.expanduser(folder)

@@ -3,7 +3,8 @@
 Its gradients are dropped, so the optimiser moves nothing; the rows of the data set that did it
 are found by scoring the step's pairs one by one, and named. After some such steps in a row the
 run stops, for then it is not a row. A gradient scaler (fp16) skips steps by itself while it looks
-for its scale: with one, only the loss is looked at.
+for its scale: with one, only the loss is looked at, and once the scale is down to 1 the gradient
+too, for then it is not the scale that makes it overflow.
 """
 
 import logging
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 
 from .data.row_batch import Pair
 from .errors import NonFiniteError
+
+REFUSED_STEPS = "lite_orpo/refused_steps"
 
 logger = logging.getLogger(__name__)
 
@@ -34,15 +37,19 @@ class StepGuard:
         self._refused = 0
         self._last_loss: Tensor | None = None  # what the log goes on with
 
-    def take(self, taken: int) -> dict[str, float]:
-        """What the log says of refused steps since it was asked last.
+    def note(self, logs: dict[str, float], taken: int) -> None:
+        """Put into a log line how many steps were refused since the last one.
 
         Args:
+            logs: of a training; the line at its end has a count only where there is one left.
             taken: steps since then that were taken. Without any, the loss is NaN, as it was.
         """
+        if "loss" not in logs and not ("train_loss" in logs and self._refused):
+            return
         count, self._refused = self._refused, 0
-        figures: dict[str, float] = {"lite_orpo/refused_steps": count}
-        return figures if taken or not count else {**figures, "loss": float("nan")}
+        logs[REFUSED_STEPS] = count
+        if "loss" in logs and count and not taken:
+            logs["loss"] = float("nan")
 
     def accepts(self, trainer: Any, loss: Tensor) -> bool:
         """Whether a step's loss and its gradients are finite on all ranks.
@@ -54,7 +61,8 @@ class StepGuard:
         if self._last_loss is None:
             self._last_loss = torch.zeros_like(loss)
         is_bad = ~torch.isfinite(loss)
-        if getattr(trainer.accelerator, "scaler", None) is None:
+        scaler = getattr(trainer.accelerator, "scaler", None)
+        if scaler is None or scaler.get_scale() <= 1.0:
             is_bad = is_bad | ~torch.isfinite(_norm(trainer.model.parameters(), loss))
         if trainer.args.world_size > 1:
             is_bad = trainer.accelerator.reduce(is_bad.float(), reduction="sum") > 0
@@ -81,7 +89,9 @@ class StepGuard:
         """
         if getattr(trainer.accelerator, "scaler", None) is None:
             trainer.model.zero_grad(set_to_none=True)
-        # Else they stay: a scaler skips a step by its gradients, and wants to see some.
+        else:
+            # A scaler skips a step by its gradients, which may be finite under a loss that is not.
+            _spoil(trainer.model.parameters())
         self._in_a_row += 1
         self._refused += 1
         pairs = list(pairs)
@@ -102,6 +112,12 @@ class StepGuard:
         logger.warning("%s", text)
         assert self._last_loss is not None  # since `accepts`
         return self._last_loss * trainer.args.world_size
+
+
+def _spoil(parameters: Iterable[Tensor]) -> None:
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad.fill_(torch.inf)
 
 
 def _norm(parameters: Iterable[Tensor], like: Tensor) -> Tensor:

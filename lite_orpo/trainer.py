@@ -8,34 +8,35 @@ the model is in `setup.py`, rows in `data/`, whether prompts are shared in
 `model/prefix_sharing.py`, the formula in `loss.py`.
 """
 
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .checkpointing import CheckpointingTrainer
 from .config.orpo_config import ORPOConfig
-from .data.prepared_sets import PreparedSets, is_mapping_of_sets
+from .data.prepared_sets import PreparedSets, choose_splits
 from .data.row_batch import Pair, RowBatch
 from .data.step_plan import StepPlan
-from .errors import DataError
-from .loss import orpo_loss
-from .metrics import LossScale, empty_parts, loss_parts, metrics_of_set, named_metrics
+from .evaluating import EvaluatingTrainer
+from .losses.objective import Objective
+from .metrics import empty_parts, loss_parts, named_metrics
 from .model.head import attach_scored_head
 from .model.host_memory import offloaded_activations
 from .out_of_memory import RowRoom
-from .ranks import fetch_pairs, own_pair_count, plan_rows
+from .ranks import fetch_pairs, plan_rows
 from .row_budget import planner_of
 from .row_choice import choose_rows
 from .setup import (
     check_launch,
     check_parallelism,
     check_vocabulary,
+    direct_tensorboard,
     length_rule,
     prepare_model,
+    refuse_unused,
+    resolve_model,
     resolve_tokenizer,
 )
 from .step_context import step_context
@@ -47,21 +48,27 @@ def _collate_pairs(features: list[Pair]) -> dict[str, list[Pair]]:
     return {"pairs": features}
 
 
-class ORPOTrainer(CheckpointingTrainer):
-    """Trains a causal language model on preference pairs by ORPO (arXiv 2403.07691).
+class ORPOTrainer(EvaluatingTrainer):
+    """Trains a causal language model on pairs, by ORPO (arXiv 2403.07691) or `loss_type`.
 
     Args:
-        model: a transformers CausalLM, one that PEFT has wrapped, or a name to load.
+        model: a transformers CausalLM, one that PEFT has wrapped, or a name to load; default:
+            the one that `args.model_name_or_path` names.
         args: an `ORPOConfig`; default settings if None.
+        data_collator: None; it has its place because TRL's call has it.
         train_dataset: rows with `prompt`, `chosen`, `rejected` (text or message lists, the
             prompt may be implicit in message lists): a `datasets.Dataset`, a list of mappings,
-            any map-style data set, or a `RowSource`.
-        eval_dataset: the same, or a mapping of names to such.
+            any map-style data set, or a `RowSource`; of a DatasetDict, its split "train".
+        eval_dataset: the same, or a mapping of names to such; default: where evaluation is asked
+            for and `train_dataset` is a DatasetDict, its held-out split.
         processing_class: the tokenizer; default: the one that belongs to the model.
-        peft_config: put this adapter on the model. Without it, and without an adapter on the
-            model already, the whole model trains.
+        model_init: makes the model, instead of `model`; called once.
         callbacks: transformers callbacks.
         optimizers: optimizer and scheduler to use instead of the configured ones.
+        preprocess_logits_for_metrics: None, as `data_collator`.
+        peft_config: put this adapter on the model. Without it, and without an adapter on the
+            model already, the whole model trains.
+        compute_metrics: None, as `data_collator`.
         tokenizer: older name of `processing_class`.
 
     Raises:
@@ -69,30 +76,40 @@ class ORPOTrainer(CheckpointingTrainer):
         DataError: the rows cannot be used; the message says which and why.
     """
 
-    _tag_names = ["lite-orpo", "orpo"]
-
     def __init__(
         self,
         model: Any = None,
         args: ORPOConfig | None = None,
+        data_collator: None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
-        peft_config: Any = None,
+        model_init: Callable[[], Any] | None = None,
         callbacks: list[Any] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
+        preprocess_logits_for_metrics: None = None,
+        peft_config: Any = None,
+        compute_metrics: None = None,
         *,
         tokenizer: Any = None,
     ) -> None:
         args = ORPOConfig() if args is None else args
         check_launch(args)
+        refuse_unused(
+            data_collator=data_collator,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            compute_metrics=compute_metrics,
+        )
+        evaluates = args.eval_strategy != "no" or args.eval_on_start
+        sets = choose_splits(train_dataset, eval_dataset, evaluates=evaluates)
+        model = resolve_model(model, args, model_init)
         tokenizer = resolve_tokenizer(model, processing_class, tokenizer)
         model = prepare_model(model, args, peft_config)
         check_vocabulary(model, tokenizer)
         self.length_rule = length_rule(model, args)
         self._sets = PreparedSets(tokenizer, self.length_rule, args.on_bad_row)
         self.data_reports = self._sets.reports
-        self._scale = LossScale(args.odds_ratio_weight, args.odds_ratio_temperature)
+        self.objective = Objective.of(args)
         self.head = attach_scored_head(
             model,
             backend=args.loss_backend,
@@ -105,55 +122,31 @@ class ORPOTrainer(CheckpointingTrainer):
             model=model,
             args=args,
             data_collator=_collate_pairs,
-            train_dataset=self._sets.prepare("train_dataset", train_dataset),
-            eval_dataset=self._sets.prepare_each("eval_dataset", eval_dataset),
+            train_dataset=self._sets.prepare("train_dataset", sets.train),
+            eval_dataset=self._sets.prepare_each("eval_dataset", sets.held_out),
             processing_class=tokenizer,
             callbacks=callbacks,
             optimizers=optimizers,
         )
         check_parallelism(self)
+        direct_tensorboard(self)
         self.equal_rows: bool = self.is_fsdp_enabled
         """Whether all ranks pass as many rows: of a sharded model, they wait for each other."""
         self.head.verify()
         self.sharing, self.rows_description = choose_rows(self)
         self.planner, chosen_budget = planner_of(self)
         self.rows_description += chosen_budget
+        self.planner = self.planner._replace(chosen_only=not self.objective.kind.uses_rejected)
         self._offloading = offloaded_activations(self.model, args)
         if hasattr(self.model, "add_model_tags"):
-            self.model.add_model_tags(self._tag_names)
+            self.model.add_model_tags(["lite-orpo", args.loss_type])
         tokens, ranks = self.planner.max_tokens_per_row, args.world_size
         self.room = RowRoom(tokens, "a step", ranks, "set gradient_checkpointing: true")
-        self._evaluation_room = RowRoom(tokens, "the evaluation", ranks, "close other programs")
-        self._train_parts, self._eval_parts = empty_parts(args.device), empty_parts(args.device)
+        self._prepare_evaluation()
+        self._train_parts = empty_parts(args.device)
         self._throughput = Throughput()
         source = self.data_reports[0].source if self.data_reports else "train_dataset"
         self._guard = StepGuard(args.max_refused_steps, source)
-        self._eval_counts = torch.zeros(2, device=self.args.device)
-
-    # ---- data ----
-
-    def evaluate(
-        self,
-        eval_dataset: Any = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> dict[str, float]:
-        """Evaluate on the held-out pairs, or on other raw rows given here.
-
-        Returns:
-            `eval_loss` and TRL's metrics with the prefix, exact over the set: for any batch
-            size and number of ranks, each token and each pair counts once.
-        """
-        if is_mapping_of_sets(eval_dataset):
-            metrics: dict[str, float] = {}
-            for name, rows in eval_dataset.items():
-                metrics.update(self.evaluate(rows, ignore_keys, f"{metric_key_prefix}_{name}"))
-            return metrics
-        if eval_dataset is None and self.eval_dataset is None:
-            raise DataError("evaluate() needs held-out pairs: give the trainer an eval_dataset")
-        if eval_dataset is not None and not isinstance(eval_dataset, str):
-            eval_dataset = self._sets.prepare("eval_dataset", eval_dataset)
-        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     # ---- the step ----
 
@@ -247,13 +240,9 @@ class ORPOTrainer(CheckpointingTrainer):
         """The loss of one row batch and its reported parts, over the given normalisers."""
         row = row.to(self.args.device)
         logps = model(**row.inputs, score_rows=(row.score_index, row.targets))
-        loss = orpo_loss(
+        loss = self.objective.of_row(
             logps,
-            row.completion_ids,
-            row.nll_mask,
-            pair_count=row.pair_count,
-            alpha=self._scale.weight,
-            temperature=self._scale.temperature,
+            row,
             pair_normalizer=pairs,
             nll_normalizer=nll_tokens,
             backend=self.args.loss_backend,
@@ -278,72 +267,20 @@ class ORPOTrainer(CheckpointingTrainer):
         seen = torch.tensor(tokens, device=self.args.device)
         self.state.num_input_tokens_seen += int(self.accelerator.reduce(seen, reduction="sum"))
 
-    # ---- evaluation ----
-
-    def predict(
-        self,
-        test_dataset: Any,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "test",
-    ) -> Any:
-        """Metrics of another set of raw rows, as `evaluate` computes them; no predictions."""
-        prepared = self._sets.prepare("test_dataset", test_dataset)
-        return super().predict(prepared, ignore_keys, metric_key_prefix)
-
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[Tensor, None, None]:
-        """Add one batch's sums; the figures are made when the whole set is through."""
-        own = own_pair_count(self, len(inputs["pairs"]))
-        pairs, repeats = inputs["pairs"][:own], inputs["pairs"][own:]
-
-        def plan() -> list[RowBatch]:
-            return self._plan_rows(self._evaluation_room, pairs, repeats)
-
-        def score(rows: list[RowBatch]) -> Tensor:
-            parts = empty_parts(self.args.device)
-            with torch.no_grad(), step_context(self):
-                for row in rows:
-                    with self.compute_loss_context_manager():
-                        parts += self._score(model, row, nll_tokens=1.0, pairs=1.0)[1]
-            return parts
-
-        self._eval_parts += self._evaluation_room.make(plan(), score, plan)[0]
-        counts = [self.planner.count_nll_tokens(pairs), len(pairs)]
-        self._eval_counts += torch.tensor(counts, device=self._eval_counts.device)
-        # Trainer wants a batch loss; the figures of the whole set are made below.
-        return torch.zeros((), device=self.args.device), None, None
-
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
-        """Trainer's loop, with the exact figures of the whole set put in."""
-        self._eval_parts.zero_()
-        # fp64 where there is any: counts beyond 2^24 must stay exact.
-        self._eval_counts = empty_parts(self.args.device)[:2]
-        started = time.perf_counter()
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        self._throughput.leave_out(time.perf_counter() - started)
-        parts = self._sum_over_ranks(self._eval_parts)
-        tokens, pairs = self._sum_over_ranks(self._eval_counts).tolist()
-        metrics = metrics_of_set(parts, tokens, pairs, self._scale)
-        output.metrics.update({f"{metric_key_prefix}_{k}": v for k, v in metrics.items()})
-        return output
-
     # ---- reporting ----
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics of the steps since the last log line."""
-        if "loss" in logs:
-            logs.update(self._guard.take(self._throughput.steps))
+        self._guard.note(logs, self._throughput.steps)
         if "loss" in logs and self._throughput.steps:
             parts = self._sum_over_ranks(self._train_parts)
             averages = (parts / self._throughput.steps).tolist()  # waits for the device
-            logs.update(named_metrics(averages, self._scale))
+            has_rejected = not self.planner.chosen_only
+            logs.update(named_metrics(averages, self.objective, has_rejected=has_rejected))
             logs.update(self._throughput.take(self.args.device, self._sum_over_ranks))
             self._train_parts.zero_()
+        if "train_runtime" in logs and self._reference.seconds:
+            logs["lite_orpo/reference_seconds"] = self._reference.seconds
         super().log(logs, start_time)
 
     def _sum_over_ranks(self, values: Tensor) -> Tensor:

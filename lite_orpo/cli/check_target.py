@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..config.coercion import coerce
+from ..config.legacy_names import translate_settings
 from ..config.options import DataOptions, ModelOptions
 from ..config.yaml_file import Setting, parse_value, read_settings
 from ..data.preparation import LengthRule
@@ -67,7 +68,7 @@ def resolve_target(
             its range.
     """
     is_config = name.endswith((".yaml", ".yml"))
-    settings = read_settings(Path(name)) if is_config else {}
+    settings = translate_settings(read_settings(Path(name)))[0] if is_config else {}
     where = "command line"
     options = {
         "dataset_name": None if is_config else name,

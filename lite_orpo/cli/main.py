@@ -153,6 +153,75 @@ def check(
         raise typer.Exit(1)
 
 
+_TARGET_HELP = "a run's folder, an adapter, a model (folder or hub name), or a configuration"
+_BASE_HELP = "base model; default: the one that the run, or the adapter, names"
+
+
+@app.command(name="eval", context_settings=_ANY_KEY)
+def evaluate(
+    arguments: list[str] = typer.Argument(
+        None,
+        metavar="TARGET [key=value | --key value]...",
+        help=f"{_TARGET_HELP}; then settings",
+        show_default=False,
+    ),
+    data: str | None = typer.Option(
+        None, "--data", help="held-out pairs; default: those of the run"
+    ),
+    base: str | None = typer.Option(None, "--base", help=_BASE_HELP),
+    by: str | None = typer.Option(
+        None, "--by", help="column to group by; default: source or category, if there is one"
+    ),
+    output: Path | None = typer.Option(
+        None, "--output", "-o", help="folder for eval.json and eval.png; default: TARGET's"
+    ),
+    split: str | None = typer.Option(None, "--split", help="split of a folder or hub data set"),
+    column_mapping: str | None = typer.Option(
+        None,
+        "--column-mapping",
+        "--column_mapping",
+        metavar="YAML",
+        help="columns that have other names: '{prompt: question, chosen: good, rejected: bad}'",
+    ),
+) -> None:
+    """Score held-out pairs with the adapter on and off: accuracy, margins, NLL, with intervals."""
+    from .overrides import split_arguments
+
+    target, overrides = split_arguments(
+        arguments or [], None, what="TARGET", missing=f"no TARGET; give {_TARGET_HELP}"
+    )
+
+    from .evaluate import EvalOptions, run_evaluation
+
+    options = EvalOptions(data, base, by, output, split, column_mapping)
+    run_evaluation(str(target), overrides, options)
+
+
+@app.command(context_settings=_ANY_KEY)
+def compare(
+    arguments: list[str] = typer.Argument(
+        None,
+        metavar="CONFIG.yaml --loss-type orpo,dpo [beta=0.05,0.1,0.2] [key=value]...",
+        help="the configuration, then what is compared, then settings for all runs",
+        show_default=False,
+    ),
+    config: Path | None = typer.Option(None, "--config", help="the configuration, as an option"),
+    output: Path | None = typer.Option(
+        None, "--output", "-o", help="folder of all runs; default: output_dir with -compare"
+    ),
+) -> None:
+    """Train by several losses or settings on the same pairs, and compare what came out."""
+    from ..config.yaml_file import read_settings
+    from .overrides import split_arguments
+
+    path, overrides = split_arguments(arguments or [], config)
+    read_settings(path)
+
+    from .compare import run_comparison
+
+    sys.exit(run_comparison(path, overrides, output=output, words=sys.argv[2:]))
+
+
 @app.command()
 def init(
     path: Path = typer.Argument(Path("config.yaml"), help="the file to write"),

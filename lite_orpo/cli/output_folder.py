@@ -1,34 +1,56 @@
-"""The output folder of a run: whether it may be written, and what an earlier run left in it."""
+"""The output folder of a run: whether it may be written, and what an earlier run left in it.
 
+A run's folder is known by its resolved configuration, a checkpoint by its manifest. What no run
+wrote is never removed and never overwritten, not even with `overwrite_output_dir`.
+"""
+
+import re
 import shutil
+import tempfile
 from pathlib import Path
 
 from ..checkpoint.find import newest_complete
-from ..checkpoint.manifest import why_incomplete
+from ..checkpoint.manifest import MANIFEST_FILE, why_incomplete
 from ..checkpoint.staging import put_back
 from ..config.run_config import RunConfig
+from ..config.yaml_file import read_settings
 from ..errors import ConfigError
+from ..fingerprint import FINGERPRINT_FILE
 
 METRICS_FILE = "metrics.jsonl"
 CURVES_FILE = "curves.png"
 CONFIG_FILE = "config.resolved.yaml"
-_WEIGHTS = ("adapter_model.safetensors", "model*.safetensors", "checkpoint-*", ".checkpoint-*")
-# Everything by which an earlier run could be mistaken for a part of the new one.
-_PRODUCTS = (
-    *_WEIGHTS,
-    "adapter_config.json",
-    "model.safetensors.index.json",
-    "config.json",
-    "generation_config.json",
-    "trainer_state.json",
-    METRICS_FILE,
-    CURVES_FILE,
-    CONFIG_FILE,
+SETTINGS_COMMENT = """\
+Written by lite-orpo: the settings of this run. `lite-orpo train` reads them again.
+Of absolute paths only the last part is here, as ./name: give those keys anew to repeat the run."""
+
+_TOKENIZER = (
+    "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json "
+    "chat_template.jinja vocab.json vocab.txt merges.txt tokenizer.model spiece.model"
+).split()
+_ANY_RUN = {
+    CONFIG_FILE, METRICS_FILE, "metrics.partial", CURVES_FILE, FINGERPRINT_FILE, "README.md",
+    "trainer_state.json", "eval.json", "eval.png", *_TOKENIZER,
+}  # fmt: skip
+_ADAPTER = re.compile(r"adapter_config\.json|adapter_model\.safetensors")
+_MODEL = re.compile(
+    r"(generation_)?config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
 )
+_REFERENCE = re.compile(r"reference_logps-[0-9a-f]+\.safetensors")
+_CHECKPOINT = re.compile(r"checkpoint-\d+(\.superseded(-\d+)?)?")
+_STAGED = re.compile(r"\.checkpoint-\d+\.(partial|replaced)")
+# Where people send what a run prints.
+_LOGS = (".log", ".out", ".err")
 
 
-def check_output_dir(config: RunConfig) -> None:
-    """Refuse a folder that cannot be written, holds another run, or lacks what is resumed.
+def check_output_dir(config: RunConfig, path: Path) -> None:
+    """Refuse a folder that cannot be written, holds something else, or lacks what is resumed.
+
+    Hidden files and logs may be there, and the configuration itself.
+
+    Args:
+        config: the run's.
+        path: the configuration's file.
 
     Raises:
         ConfigError: see above; nothing has been written or removed then.
@@ -42,8 +64,7 @@ def check_output_dir(config: RunConfig) -> None:
         raise ConfigError(f"output_dir: {folder} is the base model's own folder; name another")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".writable").touch()
-        (folder / ".writable").unlink()
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise ConfigError(f"output_dir: {folder} cannot be written: {error.strerror}") from None
     resume = config.training.resume_from_checkpoint
@@ -51,16 +72,74 @@ def check_output_dir(config: RunConfig) -> None:
         _check_checkpoint(resume, folder)
         if resume is True or Path(str(resume)).resolve().parent == folder.resolve():
             return
+    own = own_files(folder)
+    others = [
+        entry
+        for entry in sorted(folder.iterdir())
+        if entry not in own
+        and not entry.name.startswith(".")
+        and entry.suffix not in _LOGS
+        and entry.resolve() != path.resolve()
+    ]
     if config.report.overwrite_output_dir:
-        return
-    found = [path.name for mark in (*_WEIGHTS, METRICS_FILE) for path in folder.glob(mark)]
-    if found:
+        uses_peft = config.lora.use_peft
+        clashing = [entry for entry in others if _is_written(entry.name, uses_peft=uses_peft)]
+        if clashing:
+            raise ConfigError(
+                f"output_dir: {folder} holds {_names(clashing)}, which no run of lite-orpo wrote "
+                "there and this one would overwrite; choose another folder, or move that away"
+            )
+    elif own:
         has_checkpoint = newest_complete(folder).checkpoint is not None
         advice = "go on with it by --resume, " if has_checkpoint else ""
         raise ConfigError(
-            f"output_dir: {folder} holds an earlier run ({found[0]}); choose another folder, "
+            f"output_dir: {folder} holds an earlier run ({own[0].name}); choose another folder, "
             f"{advice}or set overwrite_output_dir=true"
         )
+    elif others:
+        raise ConfigError(
+            f"output_dir: {folder} holds something else ({_names(others)}); choose another folder, "
+            "or set overwrite_output_dir=true, which leaves what no run wrote as it is"
+        )
+
+
+def own_files(folder: Path) -> list[Path]:
+    """What runs wrote into a folder, the configuration by which it is known for theirs last.
+
+    Args:
+        folder: an output folder; may be anything.
+    """
+    is_run = (folder / CONFIG_FILE).is_file()
+    uses_peft = not is_run or _used_peft(folder / CONFIG_FILE)
+    own = []
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and not path.is_symlink():
+            is_checkpoint = (path / MANIFEST_FILE).is_file() and _CHECKPOINT.fullmatch(path.name)
+            is_own = bool(is_checkpoint or _STAGED.fullmatch(path.name))
+        else:
+            is_own = is_run and _is_written(path.name, uses_peft=uses_peft)
+        if is_own:
+            own.append(path)
+    return sorted(own, key=lambda path: (path.name == CONFIG_FILE, path.name))
+
+
+def _used_peft(resolved: Path) -> bool:
+    try:
+        setting = read_settings(resolved).get("use_peft")
+    except ConfigError:
+        return True
+    return setting is None or setting.value is not False
+
+
+def _is_written(name: str, *, uses_peft: bool) -> bool:
+    """Whether a run writes something of this name."""
+    weights = _ADAPTER if uses_peft else _MODEL
+    patterns = (weights, _CHECKPOINT, _REFERENCE)
+    return name in _ANY_RUN or any(pattern.fullmatch(name) for pattern in patterns)
+
+
+def _names(paths: list[Path]) -> str:
+    return ", ".join(path.name for path in paths[:3]) + (", ..." if len(paths) > 3 else "")
 
 
 def _check_checkpoint(resume: str | bool, folder: Path) -> None:
@@ -82,14 +161,13 @@ def _check_checkpoint(resume: str | bool, folder: Path) -> None:
 
 
 def remove_earlier_run(folder: Path) -> None:
-    """Remove an earlier run's products, so that no file of it is taken for the new run's.
+    """Remove what earlier runs wrote, so that no file of it is taken for the new run's.
 
     Call it only with the user's consent (`overwrite_output_dir`), and once the new run has its
     data and model.
     """
-    for mark in _PRODUCTS:
-        for path in folder.glob(mark):
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+    for path in own_files(folder):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()

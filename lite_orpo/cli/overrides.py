@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from ..config.options import SECRET_KEYS
 from ..config.yaml_file import Setting, parse_value
 from ..errors import ConfigError
 
@@ -10,12 +11,25 @@ WHERE = "command line"
 RESUME = {"resume_from_checkpoint": Setting(True, f"{WHERE} (--resume)")}
 
 
-def split_arguments(arguments: list[str], config: Path | None) -> tuple[Path, dict[str, Setting]]:
-    """Tell the configuration file from the overrides.
+NO_CONFIGURATION = (
+    "no configuration file; `lite-orpo init` writes one, then `lite-orpo train config.yaml`"
+)
+
+
+def split_arguments(
+    arguments: list[str],
+    config: Path | None,
+    *,
+    what: str = "the configuration",
+    missing: str = NO_CONFIGURATION,
+) -> tuple[Path, dict[str, Setting]]:
+    """Tell the configuration file, or whatever a command is about, from the overrides.
 
     Args:
         arguments: everything after the command's name.
         config: the file, where it was given as an option.
+        what: the name of what is no override, for messages.
+        missing: the message where there is none.
 
     Returns:
         The file and the overrides. Hyphens in keys count as underscores.
@@ -43,17 +57,23 @@ def split_arguments(arguments: list[str], config: Path | None) -> tuple[Path, di
             raise ConfigError(f"{WHERE}: {word!r} has no key; write key=value")
         if key in overrides:
             raise ConfigError(f"{WHERE}: {key} is given twice")
-        overrides[key] = Setting(parse_value(text), WHERE)
+        overrides[key] = Setting(_read(key, text), WHERE)
     if not paths:
-        raise ConfigError(
-            f"{WHERE}: no configuration file; `lite-orpo init` writes one, then "
-            "`lite-orpo train config.yaml`"
-        )
+        raise ConfigError(f"{WHERE}: {missing}")
     if len(paths) > 1:
         raise ConfigError(
-            f"{WHERE}: {str(paths[1])!r} is neither key=value nor the configuration ({paths[0]} is)"
+            f"{WHERE}: {str(paths[1])!r} is neither key=value nor {what} ({paths[0]} is)"
         )
     return paths[0], overrides
+
+
+def _read(key: str, text: str) -> object:
+    try:
+        return parse_value(text)
+    except ConfigError:
+        if key not in SECRET_KEYS:
+            raise
+        raise ConfigError(f"{WHERE}: the value of {key} cannot be read (not shown)") from None
 
 
 def refuse_twice(overrides: dict[str, Setting]) -> None:

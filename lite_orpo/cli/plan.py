@@ -163,7 +163,7 @@ class _Plans:
     def _planner(self, config: RunConfig, twin: MetaTwin) -> RowPlanner:
         shares = expects_packed_rows(twin.model, config.training, self._max_length)
         most = most_tokens(self.device.type)
-        return RowPlanner(0, config.training.nll_tokens, most, shares)
+        return RowPlanner(0, str(config.training.nll_tokens), most, shares)
 
 
 def _positions(row: RowBatch) -> int:

@@ -3,11 +3,13 @@
 import json
 import re
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
 
+from ..config.options import SECRET_KEYS
 from ..config.yaml_file import Setting, parse_value
 from ..errors import ConfigError
 from .overrides import RESUME
@@ -30,19 +32,53 @@ def seconds_of(text: str) -> float:
     return seconds
 
 
-def command_to_go_on(path: Path, overrides: dict[str, Setting]) -> str:
-    """The command line that goes on with a run."""
-    kept = {k: s.value for k, s in overrides.items() if k not in RESUME}
+def command_to_go_on(
+    path: Path, overrides: dict[str, Setting], environment: Mapping[str, str] | None = None
+) -> str | None:
+    """The command line that goes on with a run, without a token: terminals get copied.
+
+    Args:
+        path: the configuration.
+        overrides: what was given on the command line.
+        environment: variables that a launcher of several processes has set; default: none has.
+
+    Returns:
+        The command; None where the launcher is not known, or there are several machines.
+    """
+    program = _program(environment or {})
+    if program is None:
+        return None
+    left_out = {*RESUME, *SECRET_KEYS}
+    kept = {k: s.value for k, s in overrides.items() if k not in left_out}
     words = [f"{key}={_text(value)}" for key, value in kept.items()]
-    return shlex.join(["lite-orpo", "train", str(path), *words, "--resume"])
+    return shlex.join([*program, "train", str(path), *words, "--resume"])
+
+
+def _program(environment: Mapping[str, str]) -> list[str] | None:
+    processes = environment.get("WORLD_SIZE", "1")
+    if processes == "1":
+        return ["lite-orpo"]
+    is_torchrun = "TORCHELASTIC_RUN_ID" in environment  # and so is what accelerate launches
+    if not is_torchrun or environment.get("LOCAL_WORLD_SIZE") != processes:
+        return None
+    module = ["-m", "lite_orpo.cli.main"]
+    if "ACCELERATE_MIXED_PRECISION" in environment:
+        return ["accelerate", "launch", "--num_processes", processes, *module]
+    return ["torchrun", "--nproc_per_node", processes, *module]
 
 
 def print_stopped(
-    console: Console, reason: str, step: int, steps: int, checkpoint: str, command: str
+    console: Console, reason: str, step: int, steps: int, checkpoint: str, command: str | None
 ) -> None:
     """Say that a run is not at its end, what is saved, and how it goes on."""
     console.print(f"Stopped ({reason}) after step {step} of {steps}; {checkpoint} is complete.")
-    console.print("Go on with:")
+    if command is None:
+        console.print("Start it again as you did, on all machines, with --resume added.")
+        return
+    if command.startswith("lite-orpo "):
+        console.print("Go on with:")
+    else:  # its other options are not known here
+        console.print("Start it again as you did, with --resume added; without other options:")
     console.print(Text("    " + command), soft_wrap=True)
 
 

@@ -19,6 +19,7 @@ from ..data.run_sources import Sources, open_run_sources
 from ..device_memory import PeakMemory
 from ..errors import ConfigError
 from ..interruption import StopWithCheckpoint
+from ..losses.objective import Objective
 from ..model.adapter import adapter_switched_off, lora_config, trainable_parameters
 from ..model.load import load_model, load_tokenizer
 from ..report.card import write_card
@@ -34,12 +35,13 @@ from .output_folder import (
     CONFIG_FILE,
     CURVES_FILE,
     METRICS_FILE,
+    SETTINGS_COMMENT,
     check_output_dir,
     remove_earlier_run,
 )
 from .quick_check import print_quick_check
 from .stopped import command_to_go_on, print_stopped
-from .train_output import print_outcome, print_samples, print_start, print_usage
+from .train_output import print_outcome, print_refused, print_samples, print_start, print_usage
 
 
 def run_training(
@@ -62,8 +64,9 @@ def run_training(
     quiet_libraries(console)
     started = time.perf_counter()
     config = load_run_config(path, overrides)
+    console.quiet = config.training.process_index != 0  # not every launcher sets RANK
     sources = open_sources(config)
-    check_output_dir(config)
+    check_output_dir(config, path)
     print_quick_check(console, sources.train, sources.held_out)
     with library_refusals(path, (ImportError, ValueError, RuntimeError, OSError)):
         trainer = _build_trainer(config, sources, console)
@@ -73,7 +76,7 @@ def run_training(
         if config.report.overwrite_output_dir and not is_resumed:
             remove_earlier_run(output_dir)
         with writing(str(output_dir / CONFIG_FILE), "nothing has been trained yet"):
-            write_settings(output_dir / CONFIG_FILE, config.as_settings())
+            write_settings(output_dir / CONFIG_FILE, config.as_settings(), SETTINGS_COMMENT)
     print_start(console, config, trainer, trainable_parameters(trainer.model))
     has_held_out = trainer.eval_dataset is not None
     before = _metrics_before(trainer, config, output_dir)
@@ -85,8 +88,11 @@ def run_training(
     with library_refusals(path, (ImportError,)):
         trainer.train(resume_from_checkpoint=config.training.resume_from_checkpoint)
     state = trainer.state
-    if stop.reason is not None and state.global_step < state.max_steps:
-        command = command_to_go_on(path, overrides)
+    metrics_file = output_dir / METRICS_FILE
+    print_refused(console, read_metrics(metrics_file) if metrics_file.exists() else [])
+    if stop.has_stopped and state.global_step < state.max_steps:
+        assert stop.reason is not None
+        command = command_to_go_on(path, overrides, os.environ)
         name = f"checkpoint-{state.global_step}"
         print_stopped(console, stop.reason, state.global_step, state.max_steps, name, command)
         return 0 if stop.signal is None else 128 + stop.signal
@@ -244,11 +250,14 @@ def _write_report(
 ) -> None:
     if config.report.save_plots:
         metrics = read_metrics(output_dir / METRICS_FILE)
-        draw_curves(metrics, output_dir / CURVES_FILE, f"ORPO: {output_dir.name}")
+        draw_curves(
+            metrics,
+            output_dir / CURVES_FILE,
+            f"{config.training.loss_type.upper()}: {output_dir.name}",
+        )
     args = config.training
     settings = {
-        "odds-ratio weight (lambda)": args.odds_ratio_weight,
-        "temperature": args.odds_ratio_temperature,
+        **Objective.of(args).settings(),
         "learning rate": args.learning_rate,
         "schedule": args.lr_scheduler_type.value,
         "pairs per optimiser step": args.per_device_train_batch_size
@@ -268,9 +277,12 @@ def _write_report(
         before=before,
         after=after,
         has_adapter=config.lora.use_peft,
+        loss_type=args.loss_type,
+        is_local=Path(str(config.model.model_name_or_path)).expanduser().exists(),
     )
 
 
 def _public_name(name: str) -> str:
     """A hub name as it is; of a local path only its last part."""
-    return Path(name).name if Path(name).exists() else name
+    is_local = os.path.isabs(name) or Path(name).expanduser().exists()
+    return Path(name).resolve().name if is_local else name

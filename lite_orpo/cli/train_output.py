@@ -1,5 +1,6 @@
 """What `lite-orpo train` prints: the start, the samples, the outcome, and how to go on."""
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from ..config.run_config import RunConfig
 from ..model.adapter import model_device
 from ..report.card import RESULTS
 from ..report.samples import Answered
+from ..step_guard import REFUSED_STEPS
 
 
 def print_start(
@@ -39,7 +41,7 @@ def print_start(
             + ("(LoRA)" if config.lora.use_peft else "(all weights)"),
         ),
         *(("Data", line) for report in trainer.data_reports for line in report.lines()[:1]),
-        ("Step", f"{pairs} pairs, odds-ratio weight {args.odds_ratio_weight:g}, head {head}"),
+        ("Step", f"{pairs} pairs, loss {trainer.objective.in_words()}, head {head}"),
         ("Rows", trainer.rows_description),
     ]
     for label, text in rows:
@@ -73,6 +75,23 @@ def print_outcome(
     console.print(f"Finished in {seconds:.0f} s.")
 
 
+def print_refused(console: Console, lines: Iterable[Mapping[str, Any]]) -> None:
+    """Say how many steps of a run were not taken, if there were any.
+
+    Args:
+        console: where to.
+        lines: of the run's metrics file.
+    """
+    count = sum(line.get(REFUSED_STEPS, 0) for line in lines)
+    if count:
+        steps = "1 step was" if count == 1 else f"{count} steps were"
+        console.print(
+            f"{steps} not taken, for a loss or gradient that was not finite; the warnings above "
+            "name the rows.",
+            soft_wrap=True,
+        )
+
+
 def print_usage(
     console: Console, config: RunConfig, output_dir: Path, metrics: str, curves: str | None
 ) -> None:
@@ -84,12 +103,21 @@ def print_usage(
     console.print("Use it in Python:")
     name = "AutoPeftModelForCausalLM" if config.lora.use_peft else "AutoModelForCausalLM"
     package = "peft" if config.lora.use_peft else "transformers"
-    for line in (
+    lines = [
         f"from {package} import {name}",
         "from transformers import AutoTokenizer",
         f'model = {name}.from_pretrained("{output_dir}")',
-        f'tokenizer = AutoTokenizer.from_pretrained("{output_dir}")',
-    ):
+    ]
+    base = Path(str(config.model.model_name_or_path)).expanduser()
+    if config.lora.use_peft and base.is_absolute():
+        # Its path is not in the adapter's folder.
+        lines = [
+            "from peft import PeftModel",
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            f'base = AutoModelForCausalLM.from_pretrained("{base}")',
+            f'model = PeftModel.from_pretrained(base, "{output_dir}")',
+        ]
+    for line in (*lines, f'tokenizer = AutoTokenizer.from_pretrained("{output_dir}")'):
         console.print(Text("    " + line), soft_wrap=True)
 
 

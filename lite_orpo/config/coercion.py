@@ -9,6 +9,7 @@ import typing
 from typing import Any
 
 from ..errors import ConfigError
+from .options import SECRET_KEYS
 
 _NAMES = {
     bool: "true or false",
@@ -55,7 +56,7 @@ def coerce(key: str, value: Any, hint: Any, where: str) -> Any:
     if int in members and isinstance(value, float) and value.is_integer():
         return int(value)
     expected = " or ".join(dict.fromkeys(_describe(m) for m in members if _describe(m)))
-    raise ConfigError(f"{where}: {key} must be {expected}, found {value!r}")
+    raise ConfigError(f"{where}: {key} must be {expected}, found {_shown(key, value)}")
 
 
 def _choice(key: str, value: Any, choices: type[enum.Enum], where: str) -> str:
@@ -63,7 +64,9 @@ def _choice(key: str, value: Any, choices: type[enum.Enum], where: str) -> str:
     text = "no" if value is False else value
     allowed = [str(item.value) for item in choices]
     if text not in allowed:
-        raise ConfigError(f"{where}: {key} must be one of {', '.join(allowed)}; found {value!r}")
+        raise ConfigError(
+            f"{where}: {key} must be one of {', '.join(allowed)}; found {_shown(key, value)}"
+        )
     return str(text)
 
 
@@ -83,7 +86,16 @@ def _check_items(key: str, value: Any, member: Any, where: str) -> None:
     if isinstance(value, list) and arguments and arguments[0] is str:
         for item in value:
             if not isinstance(item, str):
-                raise ConfigError(f"{where}: {key} must be a list of text, found {item!r} in it")
+                raise ConfigError(
+                    f"{where}: {key} must be a list of text, found {_shown(key, item)} in it"
+                )
+
+
+def _shown(key: str, value: Any) -> str:
+    if key in SECRET_KEYS:
+        return f"a {type(value).__name__} (not shown)"
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _describe(member: Any) -> str:

@@ -79,6 +79,10 @@ class ReportOptions:
     overwrite_output_dir: bool = _option(False, "let a new run replace an older one there")
 
 
+# A token belongs in the environment or the hub's own login: never in a file that gets shared, nor
+# on the terminal.
+SECRET_KEYS = {"hub_token"}
+
 OPTION_GROUPS: tuple[type[Any], ...] = (ModelOptions, LoraOptions, DataOptions, ReportOptions)
 
 # Training arguments worth naming in `--help`, which cannot import them (that takes seconds).

@@ -6,6 +6,7 @@ data a command-line run uses is in `options.py`.
 
 import math
 from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
 from importlib.util import find_spec
 from typing import Any
 
@@ -17,8 +18,10 @@ from .. import offline_bitsandbytes  # noqa: F401  (before transformers imports 
 from transformers import TrainingArguments
 
 from ..errors import ConfigError
+from .legacy_names import takes_old_names
+from .loss_types import LOSS_TYPES
 
-DEFAULT_BETA = 0.1
+DEFAULT_BETA = LOSS_TYPES["orpo"].beta
 
 
 def _setting(default: Any, text: str) -> Any:
@@ -43,6 +46,7 @@ def _is_number(value: Any) -> bool:
     return is_real and math.isfinite(value)
 
 
+@takes_old_names
 @dataclass
 class ORPOConfig(TrainingArguments):
     """Training arguments for `ORPOTrainer`.
@@ -50,6 +54,9 @@ class ORPOConfig(TrainingArguments):
     The strength of the odds-ratio term is `beta` (TRL's name, the paper's lambda) or
     `orpo_alpha` with the temperature `orpo_beta` (the course's names); mixing the two ways is
     refused, since `beta` means the strength in one and the temperature in the other.
+
+    Names of earlier transformers and TRL (`evaluation_strategy`, `max_prompt_length`) are
+    translated with one warning, see `legacy_names.py`.
 
     Every other argument is `transformers.TrainingArguments`'s; these defaults differ: `bf16`
     and `fp16` follow the device, activation checkpointing is on for GPUs, `logging_steps` is 10,
@@ -61,14 +68,23 @@ class ORPOConfig(TrainingArguments):
 
     learning_rate: float = _setting(5e-5, "peak learning rate; LoRA needs more than full training")
     logging_steps: float = _setting(10, "optimiser steps (or share of them) between log lines")
+    loss_type: str = _setting("orpo", "orpo, dpo, ipo, simpo, cpo or sft")
     beta: float | None = _setting(
-        None, f"weight of the odds-ratio term, TRL's name; default {DEFAULT_BETA}"
+        None,
+        f"orpo: weight of the odds-ratio term, TRL's name, default {DEFAULT_BETA}; dpo, ipo, cpo "
+        "(0.1) and simpo (2.0): the factor inside",
     )
     orpo_alpha: float | None = _setting(None, "weight of the odds-ratio term, the course's name")
     orpo_beta: float | None = _setting(None, "temperature inside the log-sigmoid; default 1.0")
-    nll_tokens: str = _setting(
-        "prompt_and_completion",
-        "tokens of the NLL term: prompt_and_completion (as in TRL) or completion",
+    simpo_gamma: float | None = _setting(None, "simpo: the margin aimed at; default 1.0")
+    cpo_alpha: float | None = _setting(None, "cpo: weight of the NLL; default 1.0")
+    reference_cache: str | None = _setting(
+        None, "dpo, ipo: folder that keeps the reference's log-probabilities; default output_dir"
+    )
+    nll_tokens: str | None = _setting(
+        None,
+        "tokens of the NLL term: prompt_and_completion (the default of orpo, as in TRL) or "
+        "completion",
     )
     max_length: int | None = _setting(1024, "most tokens of prompt + completion; null: no limit")
     overlong_rows: str = _setting(
@@ -80,7 +96,7 @@ class ORPOConfig(TrainingArguments):
         "drop",
         "rows that cannot be trained on: drop (counted and shown; an error above 10 %) or error",
     )
-    prefix_sharing: str | bool = _setting(
+    prefix_sharing: str = _setting(
         "auto",
         "encode each prompt once for both completions, in packed rows: auto (where it is proved "
         "exact on the model), on (an error where it is not) or off",
@@ -126,7 +142,7 @@ class ORPOConfig(TrainingArguments):
         self.logging_nan_inf_filter = False
         super().__post_init__()
         if self.label_smoothing_factor:
-            raise ConfigError("label_smoothing_factor is not part of ORPO's loss; leave it at 0")
+            raise ConfigError("label_smoothing_factor is not part of these losses; leave it at 0")
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False
 
@@ -148,6 +164,13 @@ class ORPOConfig(TrainingArguments):
         return 1.0 if self.orpo_beta is None else self.orpo_beta
 
     @property
+    def preference_beta(self) -> float:
+        """`beta` as the loss has it: ORPO's weight, elsewhere the factor inside."""
+        if self.loss_type == "orpo":
+            return self.odds_ratio_weight
+        return LOSS_TYPES[self.loss_type].beta if self.beta is None else self.beta
+
+    @property
     def is_checkpointing(self) -> bool:
         """Whether activations are recomputed, under either of transformers' names for it."""
         names = ("activation_checkpointing", "gradient_checkpointing")
@@ -161,10 +184,29 @@ class ORPOConfig(TrainingArguments):
                 "of the odds-ratio term (as in TRL), orpo_alpha the strength and orpo_beta the "
                 "temperature (as in the course); use one way"
             )
-        for name in ("beta", "orpo_alpha"):
+        if self.loss_type not in LOSS_TYPES:
+            nearest = get_close_matches(str(self.loss_type), LOSS_TYPES, n=1)
+            hint = f"; did you mean {nearest[0]}?" if nearest else ""
+            raise ConfigError(
+                f"loss_type must be one of {', '.join(LOSS_TYPES)}, found {self.loss_type!r}{hint}"
+            )
+        for other, kind in LOSS_TYPES.items():
+            for name in kind.own_settings if other != self.loss_type else ():
+                if getattr(self, name) is not None:
+                    raise ConfigError(
+                        f"{name} belongs to loss_type {other}, but loss_type is {self.loss_type}; "
+                        "leave it out"
+                    )
+        if self.loss_type == "sft" and self.beta is not None:
+            raise ConfigError("beta has no meaning with loss_type sft; leave it out")
+        if self.nll_tokens is None:
+            self.nll_tokens = LOSS_TYPES[self.loss_type].nll_tokens
+        for name in ("beta", "orpo_alpha", "simpo_gamma", "cpo_alpha"):
             value = getattr(self, name)
             if value is not None and not (_is_number(value) and value >= 0):
                 raise ConfigError(f"{name} must be a number and not negative, found {value!r}")
+        if self.loss_type != "orpo" and self.beta == 0:
+            raise ConfigError(f"beta must be positive with loss_type {self.loss_type}")
         if self.orpo_beta is not None and not (_is_number(self.orpo_beta) and self.orpo_beta > 0):
             raise ConfigError(f"orpo_beta must be a positive number, found {self.orpo_beta!r}")
 
@@ -206,8 +248,9 @@ class ORPOConfig(TrainingArguments):
             "prefix_sharing": ("auto", "on", "off"),
             "tree_attention": ("sdpa", "varlen"),
         }
-        if isinstance(self.prefix_sharing, bool):  # what YAML 1.1 makes of a bare on or off
-            self.prefix_sharing = "on" if self.prefix_sharing else "off"
+        sharing: Any = self.prefix_sharing
+        if isinstance(sharing, bool):  # what YAML 1.1 makes of a bare on or off
+            self.prefix_sharing = "on" if sharing else "off"
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ConfigError(

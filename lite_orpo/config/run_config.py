@@ -7,18 +7,28 @@ is answered with the nearest name.
 import dataclasses
 import difflib
 import enum
+import logging
 import typing
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import ConfigError, UserError
+from ..public_names import public_values
 from .coercion import coerce
-from .options import OPTION_GROUPS, DataOptions, LoraOptions, ModelOptions, ReportOptions
+from .legacy_names import KEPT_NAMES, as_one_line, translate_settings
+from .options import (
+    OPTION_GROUPS,
+    SECRET_KEYS,
+    DataOptions,
+    LoraOptions,
+    ModelOptions,
+    ReportOptions,
+)
 from .orpo_config import ORPOConfig
 from .yaml_file import Setting, read_settings
 
-# A token belongs in the environment or the hub's own login, never in a file that gets shared.
-_SECRET_KEYS = {"hub_token"}
+logger = logging.getLogger(__name__)
+
 _RESOLVED_BY_US = {"local_rank", "deepspeed_plugin", "distributed_state", "mixed_precision"}
 
 
@@ -34,19 +44,23 @@ class RunConfig(NamedTuple):
     """The keys that the file and the overrides set, as they were resolved."""
 
     def as_settings(self) -> dict[str, Any]:
-        """Flat settings that reproduce this run: every option, and each argument that was set."""
+        """Flat settings that reproduce this run: every option, and each argument that was set.
+
+        Without tokens; of absolute paths only their last part (see `public_names.py`).
+        """
         settings: dict[str, Any] = {}
         for group in (self.model, self.lora, self.data, self.report):
             settings.update(dataclasses.asdict(group))
         ours = {f.name for f in dataclasses.fields(ORPOConfig)} - _inherited_names()
         for name in sorted(ours | {"learning_rate", "logging_steps", "output_dir", "seed"}):
             settings[name] = getattr(self.training, name)
-        settings.update({k: v for k, v in self.given.items() if k not in _SECRET_KEYS})
-        if self.training.beta is None and self.training.orpo_alpha is None:
-            settings["beta" if self.training.orpo_beta is None else "orpo_alpha"] = (
-                self.training.odds_ratio_weight
-            )
-        return {k: v.value if isinstance(v, enum.Enum) else v for k, v in settings.items()}
+        settings.update({k: v for k, v in self.given.items() if k not in SECRET_KEYS})
+        args = self.training
+        if args.beta is None and args.orpo_alpha is None and args.loss_type != "sft":
+            name = "beta" if args.orpo_beta is None else "orpo_alpha"
+            settings[name] = args.preference_beta
+        plain = {k: v.value if isinstance(v, enum.Enum) else v for k, v in settings.items()}
+        return {key: public_values(value) for key, value in plain.items()}
 
 
 def _inherited_names() -> set[str]:
@@ -69,10 +83,27 @@ def load_run_config(path: Path, overrides: dict[str, Setting]) -> RunConfig:
         ConfigError: an unknown key, a value of the wrong type, or settings that contradict
             each other.
     """
-    settings = {**read_settings(path), **overrides}
+    written, notes = translate_settings(read_settings(path))
+    over, notes_over = translate_settings(overrides)
+    if notes + notes_over:
+        logger.warning("%s: %s", path, as_one_line(notes + notes_over))
+    return run_config_of({**written, **over}, path)
+
+
+def run_config_of(settings: dict[str, Setting], path: Path) -> RunConfig:
+    """The same, of settings that have been read already.
+
+    Args:
+        settings: each key's value and where it was given.
+        path: what messages without a place of their own name.
+
+    Raises:
+        ConfigError: as `load_run_config`.
+    """
     groups = (*OPTION_GROUPS, ORPOConfig)
     hints = {group: _settable_hints(group) for group in groups}
     known = {name for group_hints in hints.values() for name in group_hints}
+    kept = {k: settings.pop(k) for k in KEPT_NAMES if k in settings and k not in known}
     chosen: dict[type[Any], dict[str, Any]] = {group: {} for group in groups}
     for key, setting in settings.items():
         if key not in known:
@@ -82,6 +113,9 @@ def load_run_config(path: Path, overrides: dict[str, Setting]) -> RunConfig:
                 chosen[group][key] = coerce(key, setting.value, hints[group][key], setting.where)
     training = _build_training_arguments(chosen[ORPOConfig], path)
     given = {k: v for values in chosen.values() for k, v in values.items()}
+    for key, setting in kept.items():
+        given[key] = coerce(key, setting.value, str | None, setting.where)
+        setattr(training, key, given[key])
     model, lora, data, report = (group(**chosen[group]) for group in OPTION_GROUPS)
     if report.sample_prompts < 0 or report.sample_max_new_tokens < 1:
         raise ConfigError(
@@ -94,6 +128,8 @@ def _settable_hints(group: type[Any]) -> dict[str, Any]:
     hints = typing.get_type_hints(group)
     # `true` is the newest checkpoint of output_dir, as in Trainer.train.
     hints["resume_from_checkpoint"] = str | bool | None
+    # `on` and `off` are booleans in YAML 1.1.
+    hints["prefix_sharing"] = str | bool
     return {
         f.name: hints[f.name]
         for f in dataclasses.fields(group)

@@ -20,9 +20,10 @@ overlong_rows: drop           # or cut_prompt: drop the prompt's oldest tokens
 on_bad_row: drop              # or error
 
 # --- loss ------------------------------------------------------------------------------------
-beta: 0.1                     # weight of the odds-ratio term (the paper's lambda)
+loss_type: orpo               # or dpo, ipo, simpo, cpo, sft
+# beta: 0.1                   # orpo: weight of the odds-ratio term (the paper's lambda)
 # The course's names instead of beta: orpo_alpha (strength) and orpo_beta (temperature).
-nll_tokens: prompt_and_completion   # or completion
+# nll_tokens: prompt_and_completion   # or completion
 
 # --- adapter ---------------------------------------------------------------------------------
 use_peft: true                # false trains the whole model

@@ -1,4 +1,4 @@
-"""Row batches of separate sequences, right-padded: chosen ones, then rejected ones.
+"""Row batches of separate sequences, right-padded: chosen ones, then rejected ones, if any.
 
 The layout that every causal model can run; the prompt of each pair is encoded twice.
 """
@@ -22,11 +22,17 @@ def group_by_length(pairs: Sequence[PlannedPair], max_tokens: int) -> list[list[
     """
     groups: list[list[PlannedPair]] = []
     for pair in sorted(pairs, key=lambda pair: -pair.longest):
-        if groups and 2 * (len(groups[-1]) + 1) * groups[-1][0].longest <= max_tokens:
+        sequences = sequences_a_pair(pairs) * (len(groups[-1]) + 1) if groups else 0
+        if groups and sequences * groups[-1][0].longest <= max_tokens:
             groups[-1].append(pair)
         else:
             groups.append([pair])
     return groups
+
+
+def sequences_a_pair(pairs: Sequence[PlannedPair]) -> int:
+    """How many sequences a pair is: one, where all of them are without a rejected completion."""
+    return 2 if any(pair.rejected for pair in pairs) else 1
 
 
 def padded_row_batch(
@@ -34,15 +40,19 @@ def padded_row_batch(
 ) -> RowBatch:
     """Lay pairs out as [2n, L]: n chosen sequences, then n rejected ones, padded on the right.
 
+    Without any rejected completion it is [n, L].
+
     Args:
         pairs: n pairs.
         pad_token_id: what fills the rows; it is masked and never scored.
         nll_on_prompt: whether prompt tokens count in the NLL term.
 
     Returns:
-        A row batch with `input_ids` and `attention_mask` [2n, L] int64.
+        A row batch with `input_ids` and `attention_mask` [2n, L] or [n, L] int64.
     """
-    sequences = [[*p.prompt, *p.chosen] for p in pairs] + [[*p.prompt, *p.rejected] for p in pairs]
+    sequences = [[*p.prompt, *p.chosen] for p in pairs]
+    if sequences_a_pair(pairs) == 2:
+        sequences += [[*p.prompt, *p.rejected] for p in pairs]
     longest = max(len(sequence) for sequence in sequences)
     input_ids = torch.full((len(sequences), longest), pad_token_id, dtype=torch.int64)
     attention_mask = torch.zeros_like(input_ids)

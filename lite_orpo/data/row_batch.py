@@ -12,6 +12,7 @@ from torch import Tensor
 Pair = Mapping[str, Any]  # one row of `prepare_pairs`
 
 PROMPT_TOKEN = -1
+REFERENCE_COLUMNS = ("reference_chosen_logps", "reference_rejected_logps")
 
 
 class PlannedPair(NamedTuple):
@@ -22,15 +23,27 @@ class PlannedPair(NamedTuple):
     rejected: list[int]
     is_scored: bool
     """False: the pair goes through the trunk, but nothing of it is scored."""
+    reference: tuple[float, float] | None = None
+    """Summed log-probabilities of chosen and rejected by a reference model."""
+    number: int = 0
+    """Its place among the pairs that are planned."""
 
     @staticmethod
-    def of(pair: Pair, *, is_scored: bool = True) -> "PlannedPair":
-        """From a row of the prepared data set."""
+    def of(
+        pair: Pair, *, is_scored: bool = True, number: int = 0, chosen_only: bool = False
+    ) -> "PlannedPair":
+        """From a row of the prepared data set; `chosen_only`: without its rejected completion."""
+        reference = None
+        if REFERENCE_COLUMNS[0] in pair:
+            chosen, rejected = (float(pair[column]) for column in REFERENCE_COLUMNS)
+            reference = (chosen, rejected)
         return PlannedPair(
             list(pair["prompt_input_ids"]),
             list(pair["chosen_input_ids"]),
-            list(pair["rejected_input_ids"]),
+            [] if chosen_only else list(pair["rejected_input_ids"]),
             is_scored,
+            reference,
+            number,
         )
 
     @property
@@ -63,6 +76,10 @@ class RowBatch(NamedTuple):
     """Tokens that are no padding."""
     separate_tokens: int
     """Tokens of the same pairs as two sequences each, without padding."""
+    pair_numbers: tuple[int, ...] = ()
+    """Of each pair, its place among those that were planned."""
+    reference: Tensor | None = None
+    """[P, 2] fp32, summed log-probabilities of chosen and rejected by a reference model."""
 
     def to(self, device: torch.device) -> "RowBatch":
         """The same batch on another device."""
@@ -75,6 +92,7 @@ class RowBatch(NamedTuple):
             targets=self.targets.to(device),
             completion_ids=self.completion_ids.to(device),
             nll_mask=self.nll_mask.to(device),
+            reference=None if self.reference is None else self.reference.to(device),
         )
 
 
@@ -100,7 +118,8 @@ class ScoredPositions:
 
     def row_batch(self, inputs: dict[str, Any], pairs: Sequence[PlannedPair]) -> RowBatch:
         """The finished batch around the model's inputs."""
-        separate = sum(p.tree_tokens + len(p.prompt) for p in pairs)
+        separate = sum(p.tree_tokens + (len(p.prompt) if p.rejected else 0) for p in pairs)
+        references = [p.reference for p in pairs if p.reference is not None]
         is_tree = "tree_spans" in inputs
         return RowBatch(
             inputs=inputs,
@@ -111,4 +130,10 @@ class ScoredPositions:
             pair_count=len(pairs),
             tokens=inputs["input_ids"].numel() if is_tree else separate,
             separate_tokens=separate,
+            pair_numbers=tuple(p.number for p in pairs),
+            reference=(
+                torch.tensor(references, dtype=torch.float32)
+                if len(references) == len(pairs)
+                else None
+            ),
         )

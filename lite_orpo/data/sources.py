@@ -244,8 +244,15 @@ def _saved_source(folder: Path, split: str) -> RowSource:
     import pyarrow as pa
 
     try:
-        saved = datasets.load_from_disk(str(folder))
-    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+        saved = _plain_texts(datasets.load_from_disk(str(folder)))
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        pa.ArrowException,
+    ) as error:  # whatever stands in its JSON files
         raise DataError(f"{folder}: cannot be read as a saved data set: {_first(error)}") from None
     if isinstance(saved, dict):
         if split not in saved:
@@ -255,6 +262,25 @@ def _saved_source(folder: Path, split: str) -> RowSource:
         # One data set without splits is for training.
         raise SplitMissing(f"{folder}: one saved data set without splits, so no {split!r}")
     return _wrap(f"{folder} [{split}]", saved)
+
+
+def _plain_texts(saved: Any) -> Any:
+    """Without a format that its files ask for, and without decoding: a medium can name any file
+    or address, which `datasets` would open.
+    """
+    if isinstance(saved, dict):
+        return type(saved)({split: _plain_texts(each) for split, each in saved.items()})
+    media = [column for column, feature in saved.features.items() if _is_opened(feature)]
+    return saved.with_format(None).remove_columns(media)
+
+
+def _is_opened(feature: Any) -> bool:
+    if isinstance(feature, (dict, list, tuple)):
+        parts = feature.values() if isinstance(feature, dict) else feature
+        return any(map(_is_opened, parts))
+    inner = getattr(feature, "feature", None)
+    is_medium = getattr(feature, "decode", False) and type(feature).__name__ != "Json"
+    return bool(is_medium) or (inner is not None and _is_opened(inner))
 
 
 def _hub_source(name: str, config_name: str | None, split: str) -> RowSource:

@@ -8,7 +8,7 @@ all its pairs, so neither the layout nor how it is cut into row batches changes 
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from .padded_rows import group_by_length, padded_row_batch
+from .padded_rows import group_by_length, padded_row_batch, sequences_a_pair
 from .row_batch import Pair, PlannedPair, RowBatch
 from .tree_rows import first_fit_decreasing, tree_row_batch
 
@@ -37,6 +37,8 @@ class RowPlanner(NamedTuple):
     """Most positions of a row batch, padding included; one pair may be over it."""
     shares_prefixes: bool
     """Packed rows that encode each prompt once, or separate padded sequences."""
+    chosen_only: bool = False
+    """Leave the rejected completions out, for a loss that has no use for them."""
 
     def count_nll_tokens(self, pairs: Sequence[Pair]) -> int:
         """Tokens in the NLL term: everything a position predicts, or completions only."""
@@ -56,9 +58,12 @@ class RowPlanner(NamedTuple):
         Returns:
             At least one row batch for any pair.
         """
-        planned = [PlannedPair.of(pair) for pair in pairs]
+        planned = [
+            PlannedPair.of(pair, number=number, chosen_only=self.chosen_only)
+            for number, pair in enumerate(pairs)
+        ]
         if not planned:
-            planned = [PlannedPair.of(pair, is_scored=False) for pair in repeats[:1]]
+            planned = [self._unscored(pair) for pair in repeats[:1]]
         return [self.row_batch(row) for row in self.group(planned)]
 
     def group(self, pairs: Sequence[PlannedPair]) -> list[list[PlannedPair]]:
@@ -70,11 +75,14 @@ class RowPlanner(NamedTuple):
         """Positions of these pairs as one row batch, padding included."""
         if self.shares_prefixes:
             return sum(pair.tree_tokens for pair in pairs)
-        return 2 * len(pairs) * max(pair.longest for pair in pairs)
+        return sequences_a_pair(pairs) * len(pairs) * max(pair.longest for pair in pairs)
 
     def unscored(self, pair: Pair) -> RowBatch:
         """A row batch of which nothing is scored, for a rank that must not run out of rows."""
-        return self.row_batch([PlannedPair.of(pair, is_scored=False)])
+        return self.row_batch([self._unscored(pair)])
+
+    def _unscored(self, pair: Pair) -> PlannedPair:
+        return PlannedPair.of(pair, is_scored=False, chosen_only=self.chosen_only)
 
     @property
     def _nll_on_prompt(self) -> bool:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from ..errors import DataError, RowProblem
 from .chat_template import chat_passages, row_texts
+from .rendered_text import generation_prompt, part_rendered
 from .rows import PreferenceRow
 from .special_text import Passage, SpecialTokens, encode, encode_words
 from .special_text import Tokenizer as Tokenizer
@@ -101,6 +102,7 @@ class RowTokenizer:
         self._special = SpecialTokens(tokenizer)
         self._bos = tokenizer.bos_token_id
         self._eos = tokenizer.eos_token_id
+        self._opening: str | None = None
         self._is_blank: dict[int, bool] = {}
         # SentencePiece's way: a text begins with a space that is not there, " yes" for "yes". A
         # completion is no beginning: a model goes on with "yes" behind a line break.
@@ -175,6 +177,12 @@ class RowTokenizer:
         whole = (Passage(prompt), Passage(chosen), Passage(rejected))
         if self._special.first_in((prompt, chosen, rejected)) is None:
             return _Passages(*whole, None)
+        if self._opening is None:
+            self._opening = generation_prompt(self._tokenizer)
+        parted = part_rendered(prompt, chosen, rejected, self._special, self._opening)
+        if parted is not None:
+            prompt, chosen, rejected = parted
+            whole = (Passage(prompt), Passage(chosen), Passage(rejected))
         # A BOS that begins the prompt and an EOS that ends a completion mean what they say.
         bodies = (self._without_bos(prompt), self._without_eos(chosen), self._without_eos(rejected))
         found = self._special.first_in(bodies)

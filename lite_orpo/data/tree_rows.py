@@ -6,7 +6,7 @@ it knows the layout by `tree_spans`. Source of the layout for two completions: W
 arXiv 2410.20305, section 3.
 
 Legend: T tokens of a row; a span is (start, P, (C, R)): where the pair begins, then the tokens of
-its prompt and of its two branches.
+its prompt and of its two branches (one, where a loss has no use for the rejected one).
 """
 
 from collections.abc import Sequence
@@ -61,7 +61,7 @@ def tree_row_batch(pairs: Sequence[PlannedPair], *, nll_on_prompt: bool) -> RowB
     scored = ScoredPositions()
     for number, pair in enumerate(pairs):
         start, prompt = len(input_ids), len(pair.prompt)
-        branches = (pair.chosen, pair.rejected)
+        branches = (pair.chosen, pair.rejected) if pair.rejected else (pair.chosen,)
         spans.append((start, prompt, tuple(len(branch) for branch in branches)))
         input_ids += pair.prompt
         position_ids += range(prompt)

@@ -1,15 +1,18 @@
 """Loading the base model and its tokenizer, in the dtype that the device truly has."""
 
 import contextlib
+import json
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..allocator_failure import is_out_of_memory
 from ..config.options import ModelOptions
 from ..config.orpo_config import gpu_has_bf16
-from ..errors import HubError, ModelError
+from ..errors import HubError, ModelError, UserError
 from .quantization import quantization_config, quantization_method, refuse_contradictions
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -50,6 +53,7 @@ def load_model(options: ModelOptions, device: torch.device, *, trains_all_weight
     name = _required_name(options)
     refuse_contradictions(options, trains_all_weights=trains_all_weights)
     config = load_config(options)
+    _refuse_outside(Path(name))
     extra: dict[str, Any] = {}
     if options.attn_implementation is not None:
         extra["attn_implementation"] = options.attn_implementation
@@ -86,6 +90,7 @@ def load_config(options: ModelOptions) -> Any:
             name, revision=options.model_revision, trust_remote_code=options.trust_remote_code
         )
         refuse_encoder_decoder(config, name)
+        _refuse_hub_kernel(config, options, name)
         return config
 
 
@@ -98,7 +103,10 @@ def load_tokenizer(options: ModelOptions) -> Any:
     """
     from transformers import AutoTokenizer
 
-    name = _required_name(options)
+    folder = Path(str(options.model_name_or_path)).expanduser()
+    # An adapter's folder has the tokenizer that it was trained with, and no config.json.
+    has_own = (folder / "tokenizer_config.json").is_file()
+    name = str(folder) if has_own else _required_name(options)
     with loading(name, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(
             name, revision=options.model_revision, trust_remote_code=options.trust_remote_code
@@ -126,6 +134,11 @@ def _required_name(options: ModelOptions) -> str:
     name = options.model_name_or_path
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
     path = Path(name).expanduser()
+    if (path / "adapter_config.json").is_file():
+        raise ModelError(
+            f"model_name_or_path: {name} holds an adapter; name the base model that it belongs to, "
+            "or merge the two first"
+        )
     if looks_local and not path.is_dir():
         raise ModelError(f"model_name_or_path: {name}: no such folder")
     if path.is_dir() and not (path / "config.json").is_file():
@@ -133,15 +146,54 @@ def _required_name(options: ModelOptions) -> str:
     return str(path) if path.is_dir() else name
 
 
+def _refuse_hub_kernel(config: Any, options: ModelOptions, name: str) -> None:
+    """A config.json can name attention code on the hub, which transformers would fetch and run."""
+    wanted = getattr(config, "_attn_implementation", None)
+    is_asked_for = options.attn_implementation is not None or options.trust_remote_code
+    if isinstance(wanted, str) and "/" in wanted and not is_asked_for:
+        raise ModelError(
+            f"{name}: its config.json asks for attention code from the hub ({wanted[:60]}); set "
+            "attn_implementation (sdpa, or that name to run it)"
+        )
+
+
+def _refuse_outside(folder: Path) -> None:
+    """Refuse an index of weights that names files outside of the model's folder."""
+    for path in folder.glob("*.index.json") if folder.is_dir() else ():
+        try:
+            names = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            raise ModelError(f"{folder}: {path.name} is damaged") from None
+        for name in names:
+            if not isinstance(name, str) or Path(name).name != name or "\\" in name:
+                raise ModelError(f"{folder}: {path.name} names a file outside of it ({name!r})")
+
+
 @contextlib.contextmanager
 def loading(name: str, what: str) -> Iterator[None]:
     """Turn what transformers raises for a name that it cannot load into our one line."""
     try:
         yield
-    except (OSError, ValueError) as error:
-        if isinstance(error, (ModelError, HubError)):
+    except UserError:
+        raise
+    except pickle.UnpicklingError as error:
+        raise ModelError(
+            f"{name}: the {what} cannot be loaded: its weights are a pickle that holds more than "
+            "tensors, and could run code; get them as safetensors"
+        ) from error
+    except Exception as error:  # a folder can hold anything, and raise whatever Python can
+        if is_out_of_memory(error):
+            raise
+        if not Path(name).is_dir() and not isinstance(error, (OSError, ValueError)):
             raise
         lines = str(error).strip().splitlines() or [type(error).__name__]
+        if not isinstance(error, (OSError, ValueError)):
+            lines[0] = f"{type(error).__name__}: {lines[0]}"
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                f"{name}: the {what} is Python code that ships with it; read it, and set "
+                "trust_remote_code: true to run it"
+            ) from error
         if Path(name).is_dir():
             raise ModelError(f"{name}: the {what} cannot be loaded: {lines[0]}") from error
         raise HubError(

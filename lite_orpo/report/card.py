@@ -4,17 +4,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-_PACKAGES = ("lite-orpo", "torch", "transformers", "peft", "datasets", "accelerate")
+from .papers import citation
 
-_CITATION = """\
-```bibtex
-@article{hong2024orpo,
-    title   = {{ORPO: Monolithic Preference Optimization without Reference Model}},
-    author  = {Jiwoo Hong and Noah Lee and James Thorne},
-    year    = 2024,
-    eprint  = {arXiv:2403.07691}
-}
-```"""
+_PACKAGES = ("lite-orpo", "torch", "transformers", "peft", "datasets", "accelerate")
 
 
 def write_card(
@@ -26,6 +18,8 @@ def write_card(
     before: dict[str, float],
     after: dict[str, float],
     has_adapter: bool,
+    loss_type: str = "orpo",
+    is_local: bool = False,
 ) -> None:
     """Write the card.
 
@@ -37,27 +31,38 @@ def write_card(
         before: held-out metrics of the base model; may be empty.
         after: held-out metrics after training; may be empty.
         has_adapter: whether the folder holds an adapter or a whole model.
+        loss_type: the loss that it was trained by.
+        is_local: the base model was a folder, so that its name is none on the hub.
     """
     library = "peft" if has_adapter else "transformers"
     lines = [
         "---",
-        f"base_model: {base_model}",
+        *([] if is_local else [f"base_model: {base_model}"]),
         f"library_name: {library}",
         "pipeline_tag: text-generation",
-        "tags: [orpo, lite-orpo, preference-alignment" + (", lora]" if has_adapter else "]"),
+        f"tags: [{loss_type}, lite-orpo, preference-alignment{', lora' if has_adapter else ''}]",
         "---",
         "",
-        f"# {base_model}, trained on preferences by ORPO",
+        f"# {base_model}, trained on preferences by {loss_type.upper()}",
         "",
         f"{'A LoRA adapter for' if has_adapter else 'A fine-tuned version of'} `{base_model}`, "
         f"trained on the preference pairs of `{data}` with lite-orpo.",
         "",
     ]
+    if has_adapter and is_local:
+        lines += [
+            f"`{base_model}` was a local folder. Load the base model from where you have it:",
+            "`PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), this_folder)`.",
+            "",
+        ]
     if after:
         lines += ["## Held-out results", "", *_result_table(before, after), ""]
     lines += ["## Settings", ""]
     lines += [f"- {key}: {value}" for key, value in settings.items() if value is not None]
-    lines += ["", "## Versions", "", *_versions(), "", "## Citation", "", _CITATION, ""]
+    lines += ["", "## Versions", "", *_versions(), ""]
+    paper = citation(loss_type)
+    if paper is not None:
+        lines += ["## Citation", "", "```bibtex", paper, "```", ""]
     path.write_text("\n".join(lines), encoding="utf-8")
 
 

@@ -16,14 +16,21 @@ from rich.progress import (
 )
 from transformers import TrainerCallback
 
+from ..step_guard import REFUSED_STEPS
+
 _SHOWN = (("loss", "loss"), ("rewards/margins", "margin"), ("rewards/accuracies", "accuracy"))
 
 
 def short_figures(logs: dict[str, Any], prefix: str = "") -> str:
-    """Return "loss 1.234 · margin 0.056 · accuracy 0.91", of those that are there."""
+    """Return "loss 1.234 · margin 0.056 · accuracy 0.91", of those that are there.
+
+    Where steps were refused, their number follows.
+    """
     parts = [
         f"{label} {float(logs[prefix + key]):.3f}" for key, label in _SHOWN if prefix + key in logs
     ]
+    if not prefix and logs.get(REFUSED_STEPS):
+        parts.append(f"steps refused {logs[REFUSED_STEPS]}")
     return " · ".join(parts)
 
 

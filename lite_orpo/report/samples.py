@@ -7,11 +7,12 @@ is loaded. Greedy decoding, so that a difference is the training's and not the d
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
-
 from ..data.rows import parse_row
 from ..data.sources import RowSource
 from ..errors import RowProblem
+from ..generation.answering import Answerer, BatchSize, Question, answers_in_batches
+
+_AT_ONCE = 8
 
 
 class Sample(NamedTuple):
@@ -58,27 +59,14 @@ def pick_samples(dataset: Any, source: RowSource, count: int) -> list[Sample]:
     return samples
 
 
-@torch.no_grad()
 def answer(model: Any, tokenizer: Any, samples: Sequence[Sample], max_new_tokens: int) -> list[str]:
-    """Greedy answers of the model as it stands, one a sample."""
-    was_training = model.training
-    model.eval()
-    device = next(model.parameters()).device
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    answers = []
-    for sample in samples:
-        prompt = torch.tensor([sample.token_ids], device=device)
-        output = model.generate(
-            input_ids=prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=pad,
-        )
-        text = tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True)
-        answers.append(text.strip())
-    model.train(was_training)
+    """Greedy answers of the model as it stands, one a sample; no generator is drawn from."""
+    questions = [Question(sample.token_ids, max_new_tokens) for sample in samples]
+    answers = [""] * len(questions)
+    batches = answers_in_batches(Answerer(model, tokenizer), questions, BatchSize(_AT_ONCE))
+    for numbers, texts in batches:
+        for number, text in zip(numbers, texts, strict=True):
+            answers[number] = text
     return answers
 
 

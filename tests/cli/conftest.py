@@ -21,7 +21,10 @@ SHORT = [
 
 @pytest.fixture
 def train(tmp_path, monkeypatch, capsys):
-    """Run the command in this process; returns (exit code, what stderr said, output folder)."""
+    """Run the command in this process; returns (exit code, what stderr said, output folder).
+
+    What stdout said is in `train.output`.
+    """
     monkeypatch.chdir(ROOT)
     data = tmp_path / "pairs.jsonl"
     lines = (ROOT / "examples/demo_data/train.jsonl").read_text().splitlines()[:20]
@@ -43,6 +46,8 @@ def train(tmp_path, monkeypatch, capsys):
             run()
         except SystemExit as stopped:
             code = int(stopped.code or 0)
-        return code, capsys.readouterr().err, folder
+        said = capsys.readouterr()
+        call.output = said.out
+        return code, said.err, folder
 
     return call

@@ -1,7 +1,11 @@
 """A run that is stopped ends with a complete checkpoint and says how it goes on; then it does."""
 
+import os
 import shlex
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
@@ -102,7 +106,7 @@ def test_a_stop_in_mid_epoch_is_exact_with_evaluations_at_its_end(train, tmp_pat
 def test_the_checkpoint_that_is_announced_stays_beside_the_best_one(train, tmp_path, monkeypatch):
     words = ("eval_strategy=steps", "eval_steps=1", "save_strategy=steps", "save_steps=1")
     words += ("load_best_model_at_end=true", "save_total_limit=1", "learning_rate=100")
-    send_at(monkeypatch, MetricsFile, "on_log", signal.SIGINT, when=at_step(3))
+    send_at(monkeypatch, MetricsFile, "on_log", signal.SIGINT, when=at_step(2))
     assert train(f"output_dir={tmp_path / 'stopped'}", *words)[0] == 130
     assert why_incomplete(tmp_path / "stopped" / "checkpoint-3") is None
 
@@ -228,3 +232,54 @@ def test_the_command_that_goes_on_has_what_was_typed(tmp_path):
         "lite-orpo", "train", str(tmp_path / "config.yaml"), "learning_rate=0.0001",
         "output_dir=my runs/a", "bf16=false", "max_length=null", "--resume",
     ]  # fmt: skip
+
+
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "program"),
+    [
+        ({}, "lite-orpo"),
+        ({"WORLD_SIZE": "1", "TORCHELASTIC_RUN_ID": "none"}, "lite-orpo"),
+        (TORCHRUN, "torchrun --nproc_per_node 4 -m lite_orpo.cli.main"),
+        (
+            {**TORCHRUN, "ACCELERATE_MIXED_PRECISION": "no"},
+            "accelerate launch --num_processes 4 -m lite_orpo.cli.main",
+        ),
+        ({**TORCHRUN, "WORLD_SIZE": "8"}, None),  # two machines
+        ({"WORLD_SIZE": "4"}, None),  # SLURM, mpirun, a script
+    ],
+    ids=["alone", "one rank", "torchrun", "accelerate", "machines", "unknown"],
+)
+def test_the_command_that_goes_on_has_the_launcher_as_far_as_it_is_known(environment, program):
+    command = command_to_go_on(Path("c.yaml"), {}, environment)
+    assert command == (program and f"{program} train c.yaml --resume")
+
+
+def test_a_stop_of_two_ranks_is_told_once_with_its_launcher(tmp_path):
+    root = Path(__file__).parents[2]
+    data = tmp_path / "pairs.jsonl"
+    lines = (root / "examples/demo_data/train.jsonl").read_text().splitlines()[:8]
+    data.write_text("\n".join(lines))
+    words = [f"output_dir={tmp_path / 'stopped'}", f"dataset_name={data}", "use_cpu=true"]
+    words += ["eval_dataset_name=null", "eval_strategy=no", "max_steps=2"]
+    words += ["overwrite_output_dir=false"]
+    words += ["per_device_train_batch_size=1", "gradient_accumulation_steps=1"]
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "lite_orpo.cli.main"]
+    paths = os.pathsep.join([str(root), str(root / "kernels")])
+    done = subprocess.run(
+        [sys.executable, *launch, "train", "examples/demo.yaml", *words, "--stop-after", "0.01s"],
+        cwd=root, capture_output=True, text=True, timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": paths},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert done.stdout.count("checkpoint-1 is complete") == 1
+    (line,) = [line for line in done.stdout.splitlines() if "--resume" in line and "=" in line]
+    named = shlex.split(line)
+    assert named[:5] == ["torchrun", *launch[2:]]
+    path, overrides = split_arguments(named[6:-1], None)
+    assert path == Path("examples/demo.yaml")
+    assert {k: s.value for k, s in overrides.items()} == {
+        k: s.value for k, s in split_arguments(["x", *words], None)[1].items()
+    }

@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lite_orpo.report.metrics_file import read_metrics
 
@@ -118,3 +120,53 @@ def test_one_name_for_the_target_modules_is_enough(train):
     code, error, folder = train("lora_target_modules=q_proj")
     assert code == 0, error
     assert json.loads((folder / "adapter_config.json").read_text())["target_modules"] == ["q_proj"]
+
+
+@pytest.fixture(scope="module")
+def model_with_a_hole(tmp_path_factory):
+    """The demo's model, to which one word of the vocabulary is infinite; and that word."""
+    folder = tmp_path_factory.mktemp("hole")
+    model = AutoModelForCausalLM.from_pretrained(
+        ROOT / "examples/demo_model", tie_word_embeddings=False
+    )
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "examples/demo_model")
+    with torch.no_grad():
+        model.lm_head.weight = torch.nn.Parameter(model.get_input_embeddings().weight.clone())
+        word = tokenizer("q", add_special_tokens=False)["input_ids"][-1]
+        model.get_input_embeddings().weight[word] = torch.inf
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("logging_steps", [1, 3])
+def test_refused_steps_are_in_the_metrics_the_progress_and_the_end(
+    logging_steps, train, model_with_a_hole, tmp_path
+):
+    """Of four steps, the one that is refused is told even where no log line follows it."""
+    rows = [
+        {"prompt": f"Say {i}", "chosen": f" Yes {i}.", "rejected": f" No {i}."} for i in range(8)
+    ]
+    data = tmp_path / "few.jsonl"
+
+    def run(name, *words):
+        data.write_text("\n".join(map(json.dumps, rows)))
+        model = f"model_name_or_path={model_with_a_hole}"
+        few = ("per_device_train_batch_size=2", "eval_dataset_name=null", "num_train_epochs=1")
+        code, error, _ = train(
+            model, f"dataset_name={data}", *few, f"output_dir={tmp_path / name}",
+            f"logging_steps={logging_steps}", "train_sampling_strategy=sequential", *words,
+        )  # fmt: skip
+        assert code == 0, error
+        return read_metrics(tmp_path / name / "metrics.jsonl"), train.output
+
+    lines, said = run("good")
+    assert sum(line.get("lite_orpo/refused_steps", 0) for line in lines) == 0
+    assert "not taken" not in said and "steps refused" not in said
+    rows[7]["chosen"] = " qqq"
+    lines, said = run("bad")
+    assert sum(line.get("lite_orpo/refused_steps", 0) for line in lines) == 1
+    assert "1 step was not taken, for a loss or gradient that was not finite" in said
+    assert ("steps refused 1" in said) == (logging_steps == 1)
+    weights = load_file(tmp_path / "bad" / "adapter_model.safetensors")
+    assert all(value.isfinite().all() for value in weights.values())

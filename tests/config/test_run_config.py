@@ -58,7 +58,7 @@ def test_an_override_replaces_the_file(load):
         ("output_dir: x", "output_dir is set twice, first at"),
         ("max_length: 1", "max_length must be at least 2"),
         ("overlong_rows: cut", "overlong_rows must be drop or cut_prompt"),
-        ("label_smoothing_factor: 0.1", "label_smoothing_factor is not part of ORPO's loss"),
+        ("label_smoothing_factor: 0.1", "label_smoothing_factor is not part of these losses"),
         ("per_device_train_batch_size: 0", "per_device_train_batch_size must be a number of at"),
         ("learning_rate: .nan", "learning_rate must be a number of at least 0"),
         ("seed: -1", "seed must be a number of at least 0"),

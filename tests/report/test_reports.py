@@ -80,6 +80,9 @@ def test_nothing_logged_draws_nothing(tmp_path):
 
 def test_progress_shows_loss_margin_and_accuracy():
     assert short_figures(LOGS) == "loss 1.500 · margin 0.250 · accuracy 0.750"
+    counted = [{**LOGS, "lite_orpo/refused_steps": count} for count in (0, 2)]
+    assert short_figures(counted[0]) == short_figures(LOGS)
+    assert short_figures(counted[1]) == short_figures(LOGS) + " · steps refused 2"
 
 
 def test_without_a_terminal_each_log_line_is_printed():

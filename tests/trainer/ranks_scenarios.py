@@ -44,6 +44,8 @@ SCENARIOS = {
     "padded": Scenario(pairs=7, batch=4, accumulation=2, settings={"prefix_sharing": "off"}),
     "embedding_on_host": Scenario(pairs=5, batch=4, settings={"offload_embedding": True}),
     "packed_for_sure": Scenario(pairs=7, batch=4, settings={"prefix_sharing": "on"}),
+    "dpo": Scenario(pairs=7, batch=4, settings={"loss_type": "dpo"}),
+    "sft_one_pair_left": Scenario(pairs=5, batch=4, settings={"loss_type": "sft"}),
     "checkpointed": Scenario(
         pairs=5, batch=2, accumulation=2, settings={"gradient_checkpointing": True}
     ),
@@ -164,6 +166,16 @@ def resumed_weights(folder: Path, ranks: int) -> dict[str, Any]:
     return weights
 
 
+def files_of_model_alone(folder: Path, ranks: int) -> list[str]:
+    """What a checkpoint has in it that is saved without the training state."""
+    trainer = trainer_for(
+        with_lora(tiny_model()), folder, max_steps=1, per_device_train_batch_size=2 // ranks,
+        save_strategy="steps", save_steps=1, save_only_model=True,
+    )  # fmt: skip
+    trainer.train()
+    return sorted(path.name for path in (folder / "checkpoint-1").iterdir())
+
+
 def run_all(folder: Path, ranks: int) -> dict[str, Any]:
     """Every scenario; the same keys in one process and in several."""
     results: dict[str, Any] = {
@@ -172,6 +184,7 @@ def run_all(folder: Path, ranks: int) -> dict[str, Any]:
     results["sharded"] = sharded_gradients(folder / "sharded", ranks)
     results["decisions"] = decisions(folder / "decisions", ranks)
     results["evaluation"] = evaluate(folder / "evaluation", 4 // ranks)
+    results["model_alone"] = files_of_model_alone(folder / "model_alone", ranks)
     results["resume"] = resumed_weights(folder / "resume", ranks)
     return results
 

@@ -1,9 +1,11 @@
 """The trainer takes what people have: unusual files, streams, generators, dictionaries of sets."""
 
+import json
+
 import datasets
 import pytest
 import torch
-from bad_input_outcomes import DECIDED_BY_THE_TOKENIZER, FOLDER, KEPT
+from bad_input_outcomes import DECIDED_BY_THE_TOKENIZER, FOLDER, KEPT, REFUSED
 from tiny_models import plain_rows, quiet_config, tiny_model
 from tiny_tokenizer import CHATML, char_tokenizer
 
@@ -19,7 +21,7 @@ def trained(output_dir, rows, **settings):
     eval_dataset = settings.pop("eval_dataset", None)
     trainer = ORPOTrainer(
         model=tiny_model(),
-        args=quiet_config(output_dir, max_steps=1, max_length=64, **settings),
+        args=quiet_config(output_dir, **{"max_steps": 1, "max_length": 64, **settings}),
         train_dataset=rows,
         eval_dataset=eval_dataset,
         processing_class=TOKENIZER,
@@ -32,6 +34,23 @@ def trained(output_dir, rows, **settings):
 @pytest.mark.parametrize("name", [*KEPT, *sorted(DECIDED_BY_THE_TOKENIZER)])
 def test_an_unusual_file_trains_to_finite_weights(tmp_path, name):
     trained(tmp_path, open_source(str(FOLDER / name), split="train"))
+
+
+# What comes behind these is not read: the file itself is refused.
+END_THE_FILE = {"bad_line.jsonl", "deep.jsonl", "key_twice.jsonl", "latin1.jsonl"}
+BAD_ROWS = sorted(name for name in set(REFUSED) - END_THE_FILE if name.endswith(".jsonl"))
+
+
+@pytest.mark.parametrize("name", BAD_ROWS)
+def test_bad_rows_among_good_ones_are_left_out_and_leave_every_weight_finite(tmp_path, name):
+    bad = (FOLDER / name).read_bytes().strip().splitlines()
+    good = [json.dumps(row).encode() for row in plain_rows(60)]
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"\n".join([*good, *bad, *good]))
+    trainer = trained(tmp_path, open_source(str(path), split="train"), max_steps=3)
+    (report,) = trainer.data_reports
+    assert report.kept + report.dropped == 120 + len(bad)
+    assert report.dropped >= (1 if bad else 0)
 
 
 @pytest.mark.parametrize(

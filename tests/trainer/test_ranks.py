@@ -117,3 +117,10 @@ def test_a_run_resumed_on_two_ranks_ends_where_the_straight_one_does(spread):
         assert straight.keys() == resumed.keys()
         for key in straight:
             assert torch.equal(straight[key], resumed[key]), key
+
+
+def test_no_rank_adds_a_training_state_to_a_checkpoint_of_the_model_alone(alone, spread):
+    for rank in range(RANKS):
+        assert spread[rank]["model_alone"] == alone["model_alone"]
+    assert "adapter_model.safetensors" in alone["model_alone"]
+    assert not any("random" in name for name in alone["model_alone"])

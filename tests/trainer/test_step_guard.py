@@ -111,15 +111,3 @@ def test_a_gradient_that_is_not_finite_counts_where_the_loss_is(tmp_path, caplog
     assert "is not taken (train_dataset, one of rows " in caplog.text
     logs = [log for log in run.state.log_history if "loss" in log]
     assert sum(log["lite_orpo/refused_steps"] for log in logs) == 1
-
-
-def test_with_a_scaler_its_own_skips_are_not_counted(tmp_path):
-    run = trainer(tmp_path, plain_rows(2))
-    run.accelerator.scaler = object()
-    for parameter in run.model.parameters():
-        if parameter.requires_grad:
-            parameter.grad = torch.full_like(parameter, torch.inf)
-    assert run._guard.accepts(run, torch.tensor(1.0))
-    assert not run._guard.accepts(run, torch.tensor(torch.nan))
-    run._guard.refuse(run, list(run.train_dataset), lambda pair: True)
-    assert any(p.grad is not None for p in run.model.parameters())  # which it skips by

@@ -1,6 +1,8 @@
 """What transformers.Trainer offers works here too: callbacks, held-out sets, optimisers, inputs."""
 
+import gc
 import math
+import weakref
 
 import datasets
 import pytest
@@ -232,14 +234,49 @@ def test_autocast_trains_close_to_fp32_in_lora_and_in_full(tmp_path):
         assert losses[1] == pytest.approx(losses[0], rel=2e-2)
 
 
-def test_pairs_of_similar_length_can_be_grouped(tmp_path):
+@pytest.mark.parametrize("make", [list, datasets.Dataset.from_list], ids=["list", "dataset"])
+def test_pairs_of_similar_length_are_grouped_in_an_order_of_seed_and_epoch(make, tmp_path):
+    orders = []
+    for seed in (3, 3, 8):
+        trainer = trainer_for(
+            with_lora(tiny_model()), tmp_path, make(plain_rows(24)), seed=seed,
+            per_device_train_batch_size=2, train_sampling_strategy="group_by_length",
+        )  # fmt: skip
+        order = list(trainer._get_train_sampler())
+        trainer.state.epoch = 1.0
+        orders.append((order, list(trainer._get_train_sampler())))
+        for epoch in orders[-1]:
+            assert sorted(epoch) == list(range(24))
+            lengths = [trainer.train_dataset[row]["length"] for row in epoch]
+            assert lengths[0] == max(lengths)  # memory that is too small is found out at once
+            for start in range(0, 24, 6):  # three batches each
+                group = lengths[start + 1 : start + 6]
+                assert group == sorted(group, reverse=True)
+    assert orders[0] == orders[1]
+    assert len({tuple(order) for pair in orders[1:] for order in pair}) == 4
+
+
+def test_a_run_grouped_by_length_passes_every_pair(tmp_path):
     trainer = trainer_for(
-        with_lora(tiny_model()),
-        tmp_path,
-        plain_rows(9),
-        per_device_train_batch_size=3,
-        num_train_epochs=1,
-        train_sampling_strategy="group_by_length",
-    )
+        with_lora(tiny_model()), tmp_path, plain_rows(9), per_device_train_batch_size=3,
+        num_train_epochs=1, train_sampling_strategy="group_by_length",
+    )  # fmt: skip
     trainer.train()
     assert trainer.state.global_step == 3
+
+
+def test_a_trainer_that_nobody_uses_is_gone_at_once_with_its_model(tmp_path):
+    """In a notebook the next one needs the memory; a cycle would wait for the collector."""
+    gc.collect()
+    gc.disable()
+    try:
+        trainer = trainer_for(
+            with_lora(tiny_model()), tmp_path, max_steps=1, eval_dataset=plain_rows(2)
+        )
+        trainer.train()
+        trainer.evaluate()
+        model = weakref.ref(trainer.model)
+        del trainer
+        assert model() is None
+    finally:
+        gc.enable()

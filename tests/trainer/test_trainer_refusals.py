@@ -92,7 +92,9 @@ def test_arguments_of_another_trainer(kind, tmp_path):
     args = kind(output_dir=str(tmp_path), report_to="none", use_cpu=True, bf16=False)
     message = refusal(
         ConfigError,
-        lambda: ORPOTrainer(tiny_model(), args, plain_rows(2), processing_class=TOKENIZER),
+        lambda: ORPOTrainer(
+            tiny_model(), args, train_dataset=plain_rows(2), processing_class=TOKENIZER
+        ),
     )
     assert "lite_orpo.ORPOConfig" in message
 
@@ -104,7 +106,9 @@ def test_several_gpus_without_a_launcher(tmp_path):
     args = OnTwoGPUs(output_dir=str(tmp_path), use_cpu=True, report_to="none")
     message = refusal(
         ConfigError,
-        lambda: ORPOTrainer(tiny_model(), args, plain_rows(2), processing_class=TOKENIZER),
+        lambda: ORPOTrainer(
+            tiny_model(), args, train_dataset=plain_rows(2), processing_class=TOKENIZER
+        ),
     )
     assert "accelerate launch --num_processes 2" in message
 
@@ -139,7 +143,7 @@ def test_the_routers_auxiliary_loss(tmp_path):
 
 def test_a_model_that_does_not_name_its_tokenizer(tmp_path):
     args = quiet_config(tmp_path)
-    message = refusal(ModelError, lambda: ORPOTrainer(tiny_model(), args, plain_rows(2)))
+    message = refusal(ModelError, lambda: ORPOTrainer(tiny_model(), args, None, plain_rows(2)))
     assert "pass processing_class" in message
 
 
@@ -151,7 +155,7 @@ def test_two_different_tokenizers(tmp_path):
         lambda: ORPOTrainer(
             tiny_model(),
             quiet_config(tmp_path),
-            plain_rows(2),
+            train_dataset=plain_rows(2),
             processing_class=TOKENIZER,
             tokenizer=char_tokenizer(),
         ),

@@ -60,9 +60,10 @@ def test_two_runs_with_one_seed_are_bit_identical_and_another_seed_is_not(tmp_pa
     assert losses[0] != losses[2]
 
 
+@pytest.mark.parametrize("order", ["random", "group_by_length", "sequential"])
 @pytest.mark.parametrize("step", [1, 3, 4], ids=["mid_epoch", "epoch_end", "second_epoch"])
-def test_a_resumed_run_is_bit_exact(step, tmp_path):
-    saving = {"save_strategy": "steps", "save_steps": 1}
+def test_a_resumed_run_is_bit_exact(step, order, tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 1, "train_sampling_strategy": order}
     straight = dropout_run(tmp_path, **saving)
     assert straight.state.global_step == 6
     resumed = dropout_run(tmp_path, resume=str(tmp_path / f"checkpoint-{step}"), **saving)
@@ -210,3 +211,18 @@ def test_a_metric_of_ours_can_choose_the_best_model(tmp_path):
         log["eval_rewards/margins"] for log in trainer.state.log_history if "eval_loss" in log
     ]
     assert trainer.state.best_metric == max(margins)
+
+
+# ---- whose checkpoints they are ----
+
+
+def test_that_fsdp_writes_its_checkpoints_itself_is_announced_once(tmp_path, caplog):
+    """A sharded run needs GPUs to start; it is told before that."""
+    trainer = trainer_for(with_lora(tiny_model()), tmp_path, max_steps=1)
+    trainer.is_fsdp_enabled = True
+    with pytest.raises(AttributeError, match="fsdp_plugin"):
+        trainer.train()
+    assert caplog.text.count("written and read by FSDP's own libraries") == 1
+    caplog.clear()
+    trainer_for(with_lora(tiny_model()), tmp_path, max_steps=1).train()
+    assert "FSDP" not in caplog.text

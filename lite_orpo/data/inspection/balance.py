@@ -1,18 +1,13 @@
 """How the rows are spread over a column that says where they come from, or what they are about."""
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ...errors import DataError
-from ..column_mapping import MappedRow
+from ..row_category import USUAL_COLUMNS, VALUES_KEPT, category_of, columns_of, has_column
 from .finding import Finding, Places, Severity
 from .seen_row import SeenRow
 
-USUAL_COLUMNS = ("source", "category")
-_VALUES_KEPT = 200
-_VALUE_LENGTH = 60
 _OTHERS = "(others)"
-_MISSING = "(none)"
 _DOMINATES_FROM = 0.8
 _RARE_BELOW = 0.01
 
@@ -48,13 +43,13 @@ class Balance:
         if self._first is None:
             self._first = row
             if not self._is_asked_for:
-                self.column = next((c for c in USUAL_COLUMNS if _has(row.raw, c)), None)
+                self.column = next((c for c in USUAL_COLUMNS if has_column(row.raw, c)), None)
         if self.column is None:
             return
         self._rows += 1
-        self._rows_with_it += _has(row.raw, self.column)
-        value = _value_of(row.raw, self.column)
-        if value not in self._places and len(self._places) >= _VALUES_KEPT:
+        self._rows_with_it += has_column(row.raw, self.column)
+        value = category_of(row.raw, self.column)
+        if value not in self._places and len(self._places) >= VALUES_KEPT:
             value = _OTHERS
         self._places.setdefault(value, Places()).add(row.place)
         longer = row.sizes.chosen > row.sizes.rejected
@@ -68,9 +63,7 @@ class Balance:
         """
         if not self._is_asked_for or self._rows_with_it or self._first is None:
             return
-        raw = self._first.raw
-        columns = raw.found if isinstance(raw, MappedRow) else list(raw) if _is_row(raw) else []
-        found = ", ".join(repr(str(name)) for name in columns[:8])
+        found = ", ".join(repr(str(name)) for name in columns_of(self._first.raw)[:8])
         raise DataError(
             f"there is no column {self.column!r} to count by in any row; at {self._first.place}, "
             f"columns found: {found}"
@@ -130,26 +123,3 @@ class Balance:
                 "Add rows of these, or do not expect the model to have learnt them.",
             )
         ]
-
-
-def _is_row(raw: Any) -> bool:
-    return isinstance(raw, Mapping)
-
-
-def _name_in(raw: Any, column: str) -> str:
-    """The column's name in the row: another one where it has been mapped."""
-    if isinstance(raw, MappedRow) and column not in raw:
-        return next((part for part, name in raw.mapping.items() if name == column), column)
-    return column
-
-
-def _has(raw: Any, column: str) -> bool:
-    return _is_row(raw) and _name_in(raw, column) in raw
-
-
-def _value_of(raw: Any, column: str) -> str:
-    value = raw.get(_name_in(raw, column)) if _is_row(raw) else None
-    if value is None:
-        return _MISSING
-    text = str(value)
-    return text if len(text) <= _VALUE_LENGTH else text[: _VALUE_LENGTH - 3] + "..."

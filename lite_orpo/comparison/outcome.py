@@ -1,0 +1,77 @@
+"""What came out of a comparison: a line for the base model and for each run, and how to read it."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from ..evaluation.figures import ACCURACY, LOG_ODDS, Evaluation, evaluate_scores
+from ..evaluation.intervals import Estimate
+from ..evaluation.scores import Scores
+from .runs import Cost
+
+
+class Result(NamedTuple):
+    """One line: the base model, or a run."""
+
+    label: str
+    evaluation: Evaluation | None
+    """None: the run has no result."""
+    scores: Scores | None
+    cost: Cost | None
+    """None: the base model, or a run without a result."""
+    problem: str | None = None
+    history: tuple[dict[str, Any], ...] = ()
+    """Log lines of the run."""
+    answers: tuple[str, ...] = ()
+    """To the sampled prompts."""
+
+    def estimate(self, key: str) -> Estimate | None:
+        """One of the figures over all pairs."""
+        if self.evaluation is None or key not in self.evaluation.overall.figures:
+            return None
+        return self.evaluation.overall.figures[key].after
+
+
+def read_comparison(results: Sequence[Result]) -> list[str]:
+    """One or two sentences: which run is ahead, and whether so many pairs can tell.
+
+    Args:
+        results: the base model first, then the runs.
+    """
+    runs = [result for result in results[1:] if result.scores is not None]
+    if len(runs) < 2:
+        return []
+    ranked = sorted(runs, key=lambda run: (-_value(run, ACCURACY), -_value(run, LOG_ODDS)))
+    best, second = ranked[:2]
+    assert best.scores is not None and second.scores is not None
+    figure = evaluate_scores(best.scores, second.scores, resamples=1000).overall.figures
+    accuracy, odds = figure[ACCURACY].difference, figure[LOG_ODDS].difference
+    assert accuracy is not None and odds is not None
+    pairs = len(best.scores.chosen)
+    if accuracy.excludes_zero:
+        return [
+            f"{best.label} prefers the chosen answer most often: in {_value(best, ACCURACY):.0%} "
+            f"of {pairs:,} pairs, {100 * accuracy.value:.0f} points ({_range(accuracy, 100)}) more "
+            f"than {second.label}."
+        ]
+    sentence = (
+        f"By accuracy {best.label} and {second.label} are not to be told apart on {pairs:,} pairs "
+        f"(difference {100 * accuracy.value:+.0f} points, {_range(accuracy, 100)})"
+    )
+    if not odds.excludes_zero:
+        return [f"{sentence}, nor by log odds."]
+    ahead = best if odds.value > 0 else second
+    return [
+        f"{sentence}; {ahead.label} separates them further (log odds {abs(odds.value):.2f} more). "
+        "Losses aim at different margins: read the samples, too."
+    ]
+
+
+def _value(result: Result, key: str) -> float:
+    estimate = result.estimate(key)
+    return float("-inf") if estimate is None else estimate.value
+
+
+def _range(estimate: Estimate, factor: float) -> str:
+    if estimate.low is None or estimate.high is None:
+        return "too few pairs for an interval"
+    return f"{factor * estimate.low:+.0f} to {factor * estimate.high:+.0f}"

@@ -1,0 +1,1 @@
+"""Answers of a model: prompts as training writes them, batches, sampling, streaming."""
