@@ -116,7 +116,7 @@ def commands(disk: Path, out: Path) -> dict[str, Any]:
     for pages in (0, *sizes):
         renew(disk, max(pages, 1))
         if pages == 0:
-            (disk / "notes").write_bytes(b"x" * PAGE)
+            (disk / ".notes").write_bytes(b"x" * PAGE)
         tries = [command(disk, data)]
         change_size(disk, PLENTY)
         last = disk / "checkpoint-3"
