@@ -26,7 +26,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .checkpoint.find import newest_complete, rotate, set_aside
 from .checkpoint.manifest import why_incomplete
-from .checkpoint.staging import remove_leftovers, staged, staging_folder
+from .checkpoint.staging import put_back, remove_leftovers, staged, staging_folder
 from .checkpoint.tensor_tree import load_tree, save_tree
 from .errors import CheckpointError
 from .fingerprint import differences, fingerprint_of, write_fingerprint
@@ -35,6 +35,7 @@ from .length_order import LengthOrder
 from .random_state import RandomState
 from .saved_folder import refuse_base_folder, refuse_foreign, refuse_pickles
 from .saving import SavingTrainer
+from .writing import write_reason, writing
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ class CheckpointingTrainer(SavingTrainer):
                 named is none; or `output_dir` holds weights or checkpoints of something else, or
                 is the base model's own folder.
         """
-        checkpoint = self._resolve(resume_from_checkpoint)
+        checkpoint = self._resolve(resume_from_checkpoint) or None
         self._fingerprint = fingerprint_of(self)
         if not self._leaves_saving_to_library():
             self._prepare_folder(checkpoint)
@@ -120,6 +121,7 @@ class CheckpointingTrainer(SavingTrainer):
         if wanted is None or wanted is False or self._leaves_saving_to_library():
             return wanted  # type: ignore[return-value]
         if wanted is not True:
+            put_back(Path(wanted).parent)
             reason = why_incomplete(Path(wanted))
             if reason is not None:
                 raise CheckpointError(
@@ -166,15 +168,9 @@ class CheckpointingTrainer(SavingTrainer):
             self.store_flos()
         run_dir = Path(self._get_output_dir(trial=trial))
         final = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        try:
+        advice = "earlier checkpoints are as they were: mend that, and go on with "
+        with writing(final.name, advice + "resume_from_checkpoint: true"):
             self._write_checkpoint(run_dir, final)
-        except Exception as error:
-            if not is_write_error(error):
-                raise
-            raise CheckpointError(
-                f"{final.name} could not be written ({write_reason(error)}); earlier checkpoints "
-                "are as they were: mend that, and go on with resume_from_checkpoint: true"
-            ) from error
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(final))
         if self.args.should_save:
@@ -335,14 +331,3 @@ def _reading(checkpoint: str) -> Iterator[None]:
             f"{checkpoint} does not fit this run ({write_reason(error)}): it was saved without its "
             "training state (save_only_model), or with another optimiser or adapter"
         ) from error
-
-
-def is_write_error(error: BaseException) -> bool:
-    """Whether a file could not be written; the tokenizer's own library raises no OSError then."""
-    return isinstance(error, (OSError, SafetensorError)) or "os error" in str(error)
-
-
-def write_reason(error: BaseException) -> str:
-    """In a few words."""
-    strerror = getattr(error, "strerror", None)
-    return str(strerror or error or type(error).__name__).splitlines()[0]

@@ -16,6 +16,9 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 _SIGNALS = ("SIGINT", "SIGTERM")
+# Of several ranks, a launcher hands a signal on that its ranks may have had from a terminal or a
+# batch system already: what follows so soon is no second word.
+_HANDED_ON_SECONDS = 2.0
 
 
 class EvaluationCut(Exception):
@@ -25,7 +28,8 @@ class EvaluationCut(Exception):
 class StopWithCheckpoint(TrainerCallback):
     """Stops a training after its current step and has it saved, when a signal or the clock asks.
 
-    A second signal stops at once, as if this was not there. Signals are listened to while the
+    A second signal stops at once, as if this was not there; with several ranks, one that comes two
+    seconds later or more. Signals are listened to while the
     training runs, in the main thread.
 
     Args:
@@ -41,6 +45,8 @@ class StopWithCheckpoint(TrainerCallback):
         """Whether the training ended before its own end, with a checkpoint of its last step."""
         self._seconds = seconds
         self._ends_at: float | None = None
+        self._asked_at = 0.0
+        self._has_launcher = False
         self._handlers: dict[int, Any] = {}
         self._is_training = False
         self._is_silent = False
@@ -51,6 +57,7 @@ class StopWithCheckpoint(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Begin to listen."""
         self._is_training = True
+        self._has_launcher = args.world_size > 1
         self._is_silent = args.process_index != 0
         if self._seconds is not None:
             self._ends_at = time.monotonic() + self._seconds
@@ -61,10 +68,13 @@ class StopWithCheckpoint(TrainerCallback):
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None:
+            if self._has_launcher and time.monotonic() - self._asked_at < _HANDED_ON_SECONDS:
+                return
             self.stop_listening()
             signal.raise_signal(number)
             return
         self.signal = number
+        self._asked_at = time.monotonic()
         self.reason = signal.Signals(number).name
         if self._is_silent:
             return

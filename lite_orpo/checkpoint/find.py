@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .manifest import why_incomplete
-from .staging import replaced_folder
+from .staging import put_back, sync
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 
@@ -33,7 +33,7 @@ def newest_complete(output_dir: Path) -> Found:
     Args:
         output_dir: the run's folder.
     """
-    _put_back(output_dir)
+    put_back(output_dir)
     steps = _checkpoints(output_dir)
     passed_over: list[PassedOver] = []
     for step in sorted(steps, reverse=True):
@@ -69,6 +69,8 @@ def set_aside(output_dir: Path, checkpoint: Path) -> list[str]:
                 number += 1
             path.rename(aside)
             names.append(aside.name)
+    if names:
+        sync(output_dir)  # or a loss of power gives them their names back
     return names
 
 
@@ -96,10 +98,3 @@ def _checkpoints(output_dir: Path) -> dict[int, Path]:
         for path in (output_dir.iterdir() if output_dir.is_dir() else ())
         if (match := _NAME.fullmatch(path.name)) and path.is_dir()
     }
-
-
-def _put_back(output_dir: Path) -> None:
-    for path in output_dir.glob(".checkpoint-*.replaced"):
-        final = output_dir / path.name[1 : -len(".replaced")]
-        if replaced_folder(final) == path and not final.exists():
-            path.rename(final)

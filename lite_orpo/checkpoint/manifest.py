@@ -6,6 +6,7 @@ from pathlib import Path
 
 MANIFEST_FILE = "manifest.json"
 _FORMAT = 1
+_BLOCK = 1 << 20
 
 
 def write_manifest(folder: Path) -> None:
@@ -43,10 +44,13 @@ def why_incomplete(folder: Path) -> str | None:
         return f"its {MANIFEST_FILE} is damaged"
     if not files:
         return f"its {MANIFEST_FILE} names no files"
+    if not _is_inside(folder, MANIFEST_FILE):
+        return f"its {MANIFEST_FILE} is a link to a file outside of it"
+    for name in files:
+        if not _is_inside(folder, name):
+            return f"its {MANIFEST_FILE} names {name!r}, which is outside of it"
     for name, (size, digest) in files.items():
         path = folder / name
-        if not path.resolve().is_relative_to(folder.resolve()):
-            return f"its {MANIFEST_FILE} names a file outside of it"
         try:
             if path.stat().st_size != size:
                 return f"{name} has {path.stat().st_size} bytes, not {size}"
@@ -55,6 +59,13 @@ def why_incomplete(folder: Path) -> str | None:
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"
     return _stranger(folder, set(files))
+
+
+def _is_inside(folder: Path, name: str) -> bool:
+    try:
+        return (folder / name).resolve().is_relative_to(folder.resolve())
+    except (OSError, ValueError, RuntimeError):  # links in a circle, a zero byte
+        return False
 
 
 def _stranger(folder: Path, known: set[str]) -> str | None:
@@ -68,5 +79,8 @@ def _stranger(folder: Path, known: set[str]) -> str | None:
 
 
 def _hash(path: Path) -> str:
+    digest = hashlib.sha256()  # hashlib.file_digest is not there before Python 3.11
     with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        while block := stream.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ..checkpoint.find import newest_complete
 from ..checkpoint.manifest import MANIFEST_FILE, why_incomplete
+from ..checkpoint.staging import put_back
 from ..config.run_config import RunConfig
 from ..config.yaml_file import read_settings
 from ..errors import ConfigError
@@ -149,6 +150,7 @@ def _check_checkpoint(resume: str | bool, folder: Path) -> None:
             holds = f"no complete one ({reasons})" if reasons else "none"
             raise ConfigError(f"--resume needs a checkpoint, but {folder} holds {holds}")
         return
+    put_back(Path(str(resume)).parent)
     reason = why_incomplete(Path(str(resume)))
     if reason is not None:
         newest = newest_complete(folder).checkpoint

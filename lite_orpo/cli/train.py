@@ -13,12 +13,11 @@ from typing import Any
 
 from rich.console import Console
 
-from ..checkpointing import is_write_error, write_reason
 from ..config.run_config import RunConfig, load_run_config
 from ..config.yaml_file import Setting, write_settings
 from ..data.run_sources import Sources, open_run_sources
 from ..device_memory import PeakMemory
-from ..errors import CheckpointError, ConfigError
+from ..errors import ConfigError
 from ..interruption import StopWithCheckpoint
 from ..losses.objective import Objective
 from ..model.adapter import adapter_switched_off, lora_config, trainable_parameters
@@ -29,6 +28,7 @@ from ..report.metrics_file import MetricsFile, read_metrics
 from ..report.progress import TrainingProgress
 from ..report.samples import Answered, Sample, answer, pick_samples
 from ..trainer import ORPOTrainer
+from ..writing import writing
 from .library_refusals import library_refusals
 from .memory_report import print_memory
 from .output_folder import (
@@ -75,7 +75,8 @@ def run_training(
         is_resumed = bool(config.training.resume_from_checkpoint)
         if config.report.overwrite_output_dir and not is_resumed:
             remove_earlier_run(output_dir)
-        write_settings(output_dir / CONFIG_FILE, config.as_settings(), SETTINGS_COMMENT)
+        with writing(str(output_dir / CONFIG_FILE), "nothing has been trained yet"):
+            write_settings(output_dir / CONFIG_FILE, config.as_settings(), SETTINGS_COMMENT)
     print_start(console, config, trainer, trainable_parameters(trainer.model))
     has_held_out = trainer.eval_dataset is not None
     before = _metrics_before(trainer, config, output_dir)
@@ -105,7 +106,8 @@ def run_training(
     after = _held_out_metrics(trainer) if has_held_out else {}
     answered = _answers_after(trainer, config, samples, base_answers)
     if trainer.is_world_process_zero():
-        _write_report(config, output_dir, before, after)
+        with writing(f"{output_dir}: the report", "what was trained is there, and complete"):
+            _write_report(config, output_dir, before, after)
     print_samples(console, answered)
     print_outcome(console, before, after, time.perf_counter() - started)
     print_memory(console, config, trainer, *memory)
@@ -114,16 +116,15 @@ def run_training(
 
 
 def _save(trainer: ORPOTrainer) -> None:
-    try:
+    folder, step = trainer.args.output_dir, trainer.state.global_step
+    last = Path(folder) / f"checkpoint-{step}"
+    # A run is not gone on with from its last step.
+    advice = (
+        f"{last} holds the same weights" if last.exists() else "mend that, and go on with --resume"
+    )
+    with writing(f"{folder}: what was trained", advice):
         trainer.save_model()
         trainer.save_state()
-    except Exception as error:
-        if not is_write_error(error):
-            raise
-        raise CheckpointError(
-            f"{trainer.args.output_dir}: what was trained could not be written "
-            f"({write_reason(error)}); checkpoints are as they were: free space, and --resume"
-        ) from error
 
 
 def quiet_libraries(console: Console) -> None:

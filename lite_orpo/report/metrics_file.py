@@ -7,7 +7,9 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from ..errors import CheckpointError
+from ..writing import writing
+
+_ADVICE = "checkpoints are as they were: mend that, and go on with --resume"
 
 
 class MetricsFile(TrainerCallback):
@@ -30,8 +32,9 @@ class MetricsFile(TrainerCallback):
             text = "".join(json.dumps(line) + "\n" for line in kept)
             # Beside it and renamed: a full disk must not cost what was there.
             beside = self.path.with_suffix(".partial")
-            beside.write_text(text, encoding="utf-8")
-            beside.replace(self.path)
+            with writing(str(self.path), _ADVICE):
+                beside.write_text(text, encoding="utf-8")
+                beside.replace(self.path)
 
     def _open(self) -> None:
         # Not before there is something to write: a run that fails at its data or model must not
@@ -47,16 +50,12 @@ class MetricsFile(TrainerCallback):
         """Append one line, on the main process only."""
         if not state.is_world_process_zero or not logs:
             return
-        if not self._is_open:
-            self._open()
         line = json.dumps({"step": state.global_step, **logs})
-        try:
+        with writing(str(self.path), _ADVICE):
+            if not self._is_open:
+                self._open()
             with self.path.open("a", encoding="utf-8") as stream:
                 stream.write(line + "\n")
-        except OSError as error:
-            raise CheckpointError(
-                f"{self.path} cannot be written ({error.strerror}); checkpoints are as they were"
-            ) from error
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -199,3 +199,31 @@ def newest_complete_of_a_copy(output_dir):
     found = newest_complete(copy).checkpoint
     shutil.rmtree(copy)
     return found and found.name
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_a_replacement_that_fails_between_its_renames_leaves_the_older_one_in_place(
+    error, tmp_path, monkeypatch
+):
+    path = checkpoint(tmp_path, 5)
+    own = staging.Path.rename
+
+    def rename(self, target):
+        if self == staging_folder(path):
+            raise error
+        return own(self, target)
+
+    with monkeypatch.context() as patched, pytest.raises(error):
+        patched.setattr(staging.Path, "rename", rename)
+        checkpoint(tmp_path, 5, {"weights.bin": b"new"})
+    assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoint-5"]
+    assert (path / "weights.bin").read_bytes() == FILES["weights.bin"]
+
+
+def test_what_was_replaced_does_not_come_back_once_its_successor_is_set_aside(tmp_path):
+    checkpoint(tmp_path, 3)
+    path = checkpoint(tmp_path, 5)
+    shutil.copytree(path, replaced_folder(path))
+    remove_leftovers(tmp_path)
+    set_aside(tmp_path, tmp_path / "checkpoint-3")
+    assert newest_complete(tmp_path).checkpoint == tmp_path / "checkpoint-3"

@@ -162,13 +162,39 @@ def test_a_value_in_the_command_reads_back_as_it_was(value, tmp_path):
     assert type(overrides["run_name"].value) is type(value)
 
 
-def test_a_save_that_is_under_way_is_finished(train, tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+def test_a_save_that_is_under_way_is_finished(number, train, tmp_path, monkeypatch):
     words = (f"output_dir={tmp_path / 'stopped'}", "save_strategy=steps", "save_steps=2")
-    send_at(monkeypatch, staging, "write_manifest", signal.SIGINT)
-    assert train(*words)[0] == 130
+    send_at(monkeypatch, staging, "write_manifest", number)
+    assert train(*words)[0] == 128 + number
     names = sorted(path.name for path in (tmp_path / "stopped").glob("*checkpoint*"))
     assert names == ["checkpoint-2", "checkpoint-3"]
     assert all(why_incomplete(tmp_path / "stopped" / name) is None for name in names)
+
+
+def test_a_second_signal_in_a_save_leaves_the_earlier_checkpoint(
+    train, unbroken, tmp_path, monkeypatch
+):
+    folder = tmp_path / "stopped"
+    words = (f"output_dir={folder}", "save_strategy=steps", "save_steps=1")
+    own, calls = staging.write_manifest, []
+
+    def twice(path):
+        calls.append(path)
+        if len(calls) == 3:
+            for _ in range(2):
+                signal.raise_signal(signal.SIGINT)
+        own(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(staging, "write_manifest", twice)
+        assert train(*words)[0] == 130
+    names = sorted(path.name for path in folder.glob("*checkpoint*"))
+    assert names == ["checkpoint-1", "checkpoint-2"]
+    assert all(why_incomplete(folder / name) is None for name in names)
+    assert train(*words, "--resume")[0] == 0
+    found = load_file(folder / "adapter_model.safetensors")
+    assert all((found[name] == unbroken[name]).all() for name in unbroken)
 
 
 def test_a_time_budget_stops_the_same_way(train, unbroken, tmp_path):

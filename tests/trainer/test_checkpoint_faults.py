@@ -1,4 +1,8 @@
-"""The process dies at any moment of a save: what is found is the old checkpoint or the new one."""
+"""The process dies at any moment of a save: what is found is the old checkpoint or the new one.
+
+The deaths here are at what Python's audit hooks see, on any Linux. `test_checkpoint_deaths.py` has
+all of them, where system calls can be followed.
+"""
 
 import errno
 import os
@@ -9,27 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import plain_rows, tiny_model, trainer_for, with_lora
-from transformers import TrainerCallback
+from small_runs import StopAt, trainer
 
 from lite_orpo.checkpoint.find import newest_complete
 from lite_orpo.checkpoint.manifest import MANIFEST_FILE, why_incomplete
 from lite_orpo.errors import CheckpointError
 
 DIED = 77
-SETTINGS = {
-    "per_device_train_batch_size": 1,
-    "gradient_accumulation_steps": 2,
-    "max_steps": 4,
-    "learning_rate": 0.01,
-    "save_strategy": "steps",
-    "save_steps": 2,
-}
-
-
-def trainer(folder, **settings):
-    model = with_lora(tiny_model(), lora_dropout=0.3)
-    return trainer_for(model, folder, plain_rows(7), **{**SETTINGS, **settings})
 
 
 def weights(folder):
@@ -46,18 +36,6 @@ def unbroken(tmp_path_factory):
     folder = tmp_path_factory.mktemp("unbroken")
     trainer(folder).train()
     return folder
-
-
-class StopAt(TrainerCallback):
-    """Ends a training early; its schedule stays that of the whole."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step >= self.step:
-            control.should_training_stop = True
-            control.should_save = args.save_strategy != "no"
 
 
 class _Death:
@@ -255,3 +233,8 @@ def test_a_scalers_state_is_saved_and_loaded(unbroken, tmp_path):
     run._save_scaler(str(tmp_path))
     run._load_scaler(str(tmp_path))
     assert run.accelerator.scaler.loaded == Scaler.state
+
+
+def test_not_to_resume_can_be_said(tmp_path):
+    trainer(tmp_path).train(resume_from_checkpoint=False)
+    assert why_incomplete(tmp_path / "checkpoint-4") is None
