@@ -12,6 +12,7 @@ import pytest
 from safetensors.torch import load_file
 
 from lite_orpo.checkpoint.manifest import why_incomplete
+from lite_orpo.cli.main import run
 from lite_orpo.report.metrics_file import read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -40,21 +41,31 @@ def pairs(tmp_path_factory):
 def command(pairs, output, *words):
     start = [sys.executable, "-m", "lite_orpo.cli.main", "compare", "examples/demo.yaml"]
     given = {word.split("=")[0] for word in words}
-    same = [word for word in SAME if word.split("=")[0] not in given]
-    return [*start, *words, *same, *pairs, "--output", str(output)]
+    same = [word for word in [*SAME, *pairs] if word.split("=")[0] not in given]
+    return [*start, *words, *same, "--output", str(output)]
 
 
-def compare(pairs, output, *words):
-    return subprocess.run(
-        command(pairs, output, *words), capture_output=True, text=True, cwd=ROOT, timeout=300
-    )
+@pytest.fixture
+def compare(pairs, monkeypatch, capsys):
+    """Run the command in this process; returns (exit code, stdout, stderr)."""
+    monkeypatch.chdir(ROOT)
+
+    def call(output, *words):
+        monkeypatch.setattr(sys, "argv", ["lite-orpo", *command(pairs, output, *words)[3:]])
+        with pytest.raises(SystemExit) as ended:
+            run()
+        said = capsys.readouterr()
+        return ended.value.code, said.out, said.err
+
+    return call
 
 
 @pytest.fixture(scope="module")
 def made(pairs, tmp_path_factory):
     """Two losses compared; the folder and what was printed."""
     folder = tmp_path_factory.mktemp("compared") / "out"
-    done = compare(pairs, folder, "--loss-type", "orpo,dpo")
+    words = command(pairs, folder, "--loss-type", "orpo,dpo")
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder, done.stdout
 
@@ -119,34 +130,36 @@ def test_the_reference_counts_in_the_time_of_the_loss_that_needs_it(made):
     assert len(list((folder / "reference").glob("reference_logps-*.safetensors"))) == 2
 
 
-def test_runs_that_are_there_are_not_made_again(made, pairs):
+def test_runs_that_are_there_are_not_made_again(made, compare):
     folder, _ = made
     before = {path: path.stat().st_mtime_ns for path in (folder / "runs").rglob("*.safetensors")}
-    done = compare(pairs, folder, "--loss-type", "orpo,dpo")
-    assert done.returncode == 0, done.stderr
-    assert "2 of 2 runs are in" in done.stdout
+    code, printed, error = compare(folder, "--loss-type", "orpo,dpo")
+    assert code == 0, error
+    assert "2 of 2 runs are in" in printed
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
-def test_a_folder_of_other_runs_is_refused_in_one_line(made, pairs):
+def test_a_folder_of_other_runs_is_refused_in_one_line(made, compare):
     folder, _ = made
-    done = compare(pairs, folder, "--loss-type", "orpo,dpo", "max_steps=7")
-    assert done.returncode == 2
-    assert "holds a run with other settings; give --output another folder" in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+    code, _, error = compare(folder, "--loss-type", "orpo,dpo", "max_steps=7")
+    assert code == 2
+    assert "holds a run with other settings; give --output another folder" in error
+    assert len(error.strip().splitlines()) == 1
 
 
-def test_a_run_without_a_result_is_told_and_costs_no_other_its_place(pairs, tmp_path):
-    done = compare(pairs, tmp_path / "out", "lora_r=4,0", "max_steps=1", "sample_prompts=0")
-    assert done.returncode == 1
+def test_a_run_without_a_result_is_told_and_costs_no_other_its_place(compare, tmp_path):
+    code, printed, _ = compare(tmp_path / "out", "lora_r=4,0", "max_steps=1", "sample_prompts=0")
+    assert code == 1
     found = results(tmp_path / "out")["results"]
     assert found[1]["problem"] is None
     assert "`r` should be a positive integer" in found[2]["problem"]
     assert found[2]["figures"] == {}
-    assert "positive integer" in " ".join(done.stdout.split())
+    assert "positive integer" in " ".join(printed.split())
 
 
-def test_a_signal_stops_with_a_checkpoint_and_the_same_command_goes_on(made, pairs, tmp_path):
+def test_a_signal_stops_with_a_checkpoint_and_the_same_command_goes_on(
+    made, pairs, compare, tmp_path
+):
     folder = tmp_path / "out"
     log = folder / "runs" / "orpo.log"
     words = command(pairs, folder, "--loss-type", "orpo,dpo")
@@ -162,8 +175,8 @@ def test_a_signal_stops_with_a_checkpoint_and_the_same_command_goes_on(made, pai
     assert "Go on with the same command" in printed
     (checkpoint,) = (folder / "runs" / "orpo").glob("checkpoint-*")
     assert why_incomplete(checkpoint) is None
-    done = compare(pairs, folder, "--loss-type", "orpo,dpo")
-    assert done.returncode == 0, done.stdout + done.stderr
+    code, _, error = compare(folder, "--loss-type", "orpo,dpo")
+    assert code == 0, error
     straight = adapter(made[0], "orpo")
     resumed = adapter(folder, "orpo")
     assert all((straight[name] == resumed[name]).all() for name in straight)
@@ -179,11 +192,9 @@ def test_a_signal_stops_with_a_checkpoint_and_the_same_command_goes_on(made, pai
         (["--loss-type", "orpo,dpo", "lora_rank=4"], "unknown key lora_rank"),
     ],
 )
-def test_mistakes_are_one_line_before_anything_is_trained(words, message, pairs, tmp_path):
-    given = {word.split("=")[0] for word in words}
-    kept = [word for word in pairs if word.split("=")[0] not in given]
-    done = compare(kept, tmp_path / "out", *words)
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+def test_mistakes_are_one_line_before_anything_is_trained(words, message, compare, tmp_path):
+    code, _, error = compare(tmp_path / "out", *words)
+    assert code == 2
+    assert message in error
+    assert len(error.strip().splitlines()) == 1
     assert not (tmp_path / "out" / "runs").exists()
