@@ -8,7 +8,7 @@ from rich.console import Console
 
 from ..config.options import DataOptions
 from ..config.yaml_file import Setting, parse_value
-from ..data.row_category import categories_of
+from ..data.row_category import Categories, categories_of
 from ..data.row_source import RowSource
 from ..data.run_sources import open_run_sources
 from ..data.sources import open_source
@@ -63,18 +63,10 @@ def run_evaluation(name: str, overrides: dict[str, Setting], options: EvalOption
     tokenizer = load_target_tokenizer(target)
     with library_refusals(Path(name), (ImportError, ValueError, RuntimeError, OSError)):
         trainer = _trainer(target, target, tokenizer, source)
-        after, before = _score(target, trainer, tokenizer, source)
+        categories = _categories(console, trainer, source, options.by)
+        after, before = _score(target, trainer, tokenizer)
     lines = trainer.data_reports[0].lines()
     console.print(f"  {lines[0]}", style="dim", highlight=False, soft_wrap=True)
-    categories = categories_of(source, after.rows.tolist(), options.by)
-    if categories is not None and not categories.say_something:
-        if options.by is not None:
-            console.print(
-                f"  {categories.column} has one value, or almost as many as there are pairs: "
-                "it makes no groups",
-                highlight=False,
-            )
-        categories = None
     ours = _checked(after, target.name)
     theirs = None if before is None else _checked(before, "the base model")
     scale = trainer.objective.reward_scale
@@ -120,7 +112,7 @@ def _trainer(target: Target, model: Target, tokenizer: Any, source: RowSource) -
 
 
 def _score(
-    target: Target, trainer: ORPOTrainer, tokenizer: Any, source: RowSource
+    target: Target, trainer: ORPOTrainer, tokenizer: Any
 ) -> tuple[PairScores, PairScores | None]:
     """With the adapter on, and off; or a whole model, and what it was before."""
     after = trainer.score_pairs()
@@ -135,6 +127,20 @@ def _score(
     gc.collect()
     base = _trainer(target, target._replace(model=target.base), tokenizer, prepared)
     return after, base.score_pairs()
+
+
+def _categories(
+    console: Console, trainer: ORPOTrainer, source: RowSource, column: str | None
+) -> Categories | None:
+    found = categories_of(source, list(trainer.eval_dataset["row"]), column)
+    if found is None or found.say_something:
+        return found
+    if column is not None:
+        console.print(
+            f"  {column} has one value, or almost as many as there are pairs: it makes no groups",
+            highlight=False,
+        )
+    return None
 
 
 def _held_out(target: Target, options: EvalOptions) -> RowSource:
