@@ -118,7 +118,7 @@ class _Chat:
                 return
             except UnicodeDecodeError:
                 raise DataError("the input is no UTF-8 text") from None
-            if not is_typed:
+            if not is_typed and line.strip():
                 # What was read from a file or a pipe is not on the screen yet.
                 self._console.print(Text(f"\nyou> {line}", style="bold"))
             yield line
