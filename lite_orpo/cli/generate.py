@@ -1,5 +1,6 @@
 """`lite-orpo generate`: a benchmark's prompts answered in batches, into the file that it wants."""
 
+import contextlib
 import hashlib
 import os
 import time
@@ -68,11 +69,12 @@ def run_generation(
     if journal.found:
         console.print(f"  goes on: {len(journal.found)} answers are in {journal.path.name}")
     journal.begin()
-    if options.adapter_off:
-        with adapter_switched_off(model):
+    try:
+        with adapter_switched_off(model) if options.adapter_off else contextlib.nullcontext():
             run.answer_all(journal)
-    else:
-        run.answer_all(journal)
+    except KeyboardInterrupt:
+        console.print(f"  stopped; the same command goes on from {journal.path.name}")
+        raise SystemExit(130) from None
     name = options.name or target.name + ("-base" if options.adapter_off else "")
     _write(options, items, run, name)
     journal.remove()
