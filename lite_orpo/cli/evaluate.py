@@ -69,7 +69,9 @@ def run_evaluation(name: str, overrides: dict[str, Setting], options: EvalOption
     console.print(f"  {lines[0]}", style="dim", highlight=False, soft_wrap=True)
     ours = _checked(after, target.name)
     theirs = None if before is None else _checked(before, "the base model")
-    scale = trainer.objective.reward_scale
+    kind = trainer.objective.kind
+    is_of_means = kind.is_of_means and not kind.uses_reference
+    scale = trainer.objective.reward_scale if is_of_means else None
     column = None if categories is None else categories.column
     evaluation = evaluate_scores(
         ours,
