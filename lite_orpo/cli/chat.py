@@ -89,7 +89,7 @@ class _Chat:
         self._base = conversation() if options.compare else None
 
     def run(self) -> None:
-        """Until /quit, the end of the input, or Ctrl-C at the prompt."""
+        """Until /quit or the end of the input."""
         for line in self._lines():
             command, _, rest = line.strip().partition(" ")
             if not command:
@@ -112,10 +112,16 @@ class _Chat:
         while True:
             try:
                 line = input("\nyou> " if is_typed else "")
-            except (EOFError, KeyboardInterrupt):
+            except EOFError:
                 if is_typed:
                     self._console.print()
                 return
+            except KeyboardInterrupt:
+                # Meant for an answer that had just ended, it must not cost the conversation.
+                self._console.print(
+                    "\n  /quit, or the end of the input (Ctrl-D), ends", style="dim"
+                )
+                continue
             except UnicodeDecodeError:
                 raise DataError("the input is no UTF-8 text") from None
             if not is_typed and line.strip():

@@ -28,15 +28,26 @@ def test_quit_ends_and_reset_forgets(demo_run, command):
     assert "you> Hi" not in said
 
 
+def panels(said):
+    """The texts of both panels of each answer, their lines joined."""
+    found = []
+    for part in said.split("you> ")[1:]:
+        cells = [line.split("│") for line in part.splitlines() if line.startswith("│")]
+        both = [(cell[1], cell[3]) if len(cell) > 3 else (cell[1], "") for cell in cells]
+        found.append(tuple(" ".join(" ".join(lines).split()) for lines in zip(*both, strict=True)))
+    return found
+
+
 def test_compare_shows_both_and_each_has_its_own_history(demo_run, command):
-    text = "My kettle is noisy.\nAnd my bike squeaks.\n"
-    code, said, error = command("chat", demo_run, "--compare", *SHORT, stdin=text)
+    text = "My kettle is noisy.\nAnd my bike squeaks.\nWhy?\n"
+    drawn = ("--temperature", "0.8", "--max-new-tokens", "20")
+    code, said, error = command("chat", demo_run, "--compare", *drawn, stdin=text)
     assert code == 0, error
-    assert said.count("base (adapter off)") == said.count("─ adapter ─") == 2
-    code, alone, _ = command("chat", "examples/demo_model", *SHORT, stdin=text)
-    # Word by word, for panels break lines.
-    first = alone.split("you> My kettle is noisy.\n")[1].splitlines()[0].split()[:3]
-    assert " ".join(first) in said
+    assert said.count("base (adapter off)") == said.count("─ adapter ─") == 3
+    for side, target in enumerate(("examples/demo_model", demo_run)):
+        code, alone, _ = command("chat", target, *drawn, stdin=text)
+        answers = [" ".join(part.split("\n")[1].split()) for part in alone.split("you> ")[1:]]
+        assert [both[side] for both in panels(said)] == answers
 
 
 def test_a_system_message_begins_anew_and_changes_the_answer(demo_run, command):

@@ -51,7 +51,16 @@ def test_alpaca_eval_gets_its_list_in_the_order_of_the_prompts(generate):
     assert all(row["output"].strip() for row in rows)
 
 
-def test_mt_bench_gets_its_lines_and_a_second_turn_sees_the_first(generate, prompts):
+def test_mt_bench_gets_its_lines_and_a_second_turn_sees_the_first(
+    generate, prompts, demo_run, monkeypatch
+):
+    asked, texts = [], answering.Answerer.texts
+
+    def noted(self, questions):
+        asked.extend(self._tokenizer.decode(question.token_ids) for question in questions)
+        return texts(self, questions)
+
+    monkeypatch.setattr(answering.Answerer, "texts", noted)
     code, error, output = generate("mt_bench")
     assert code == 0, error
     rows = [json.loads(line) for line in output.read_text().splitlines()]
@@ -60,6 +69,9 @@ def test_mt_bench_gets_its_lines_and_a_second_turn_sees_the_first(generate, prom
     assert all(list(row) == keys and row["model_id"] == "demo" for row in rows)
     assert rows[0]["choices"][0]["index"] == 0 and len(rows[0]["choices"][0]["turns"]) == 2
     assert rows[0]["answer_id"] != rows[1]["answer_id"]
+    for row, item in zip(rows, MT_BENCH, strict=True):
+        (second,) = [prompt for prompt in asked if item["turns"][1] in prompt]
+        assert item["turns"][0] in second and row["choices"][0]["turns"][0] in second
     # The same second turn, asked first, has another answer.
     prompts["mt_bench"].write_text(json.dumps({**MT_BENCH[1], "turns": ["Say why."]}))
     code, error, alone = generate("mt_bench", output="alone.jsonl")

@@ -137,7 +137,9 @@ def test_one_prompt_that_does_not_fit_is_told_in_one_line(model, tokenizer):
         hook.remove()
 
 
-def test_no_row_runs_past_the_positions_on_behalf_of_another(model, tokenizer):
+def test_no_row_runs_past_the_positions_on_behalf_of_another(model, tokenizer, monkeypatch):
+    # Nothing ends these answers: the padding token is never the likeliest.
+    monkeypatch.setattr("lite_orpo.generation.answering.end_token_ids", lambda *_: [0])
     long = prompt(tokenizer, "word " * 100)
     short = prompt(tokenizer, "Why?")
     room = 256 - len(long)
@@ -152,7 +154,7 @@ def test_no_row_runs_past_the_positions_on_behalf_of_another(model, tokenizer):
         answers(model, tokenizer, asked, 2)
     finally:
         hook.remove()
-    assert max(longest) < 256
+    assert 250 < max(longest) < 256
 
 
 def test_a_prompt_is_token_for_token_what_training_makes_of_it(tokenizer):
