@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
+from rich.text import Text
 
 from ..config.options import DataOptions
 from ..config.yaml_file import Setting, parse_value
@@ -65,8 +66,8 @@ def run_evaluation(name: str, overrides: dict[str, Setting], options: EvalOption
         trainer = _trainer(target, target, tokenizer, source)
         categories = _categories(console, trainer, source, options.by)
         after, before = _score(target, trainer, tokenizer)
-    lines = trainer.data_reports[0].lines()
-    console.print(f"  {lines[0]}", style="dim", highlight=False, soft_wrap=True)
+    for line in trainer.data_reports[0].lines():
+        console.print(Text(f"  {line}", style="dim"), soft_wrap=True)
     ours = _checked(after, target.name)
     theirs = None if before is None else _checked(before, "the base model")
     kind = trainer.objective.kind

@@ -137,10 +137,17 @@ class _Run:
                     journal.add(entries)
                     self.answers.update({(entry.number, turn): entry for entry in entries})
                     bar.advance(task, len(entries))
+                    self._tell_in_a_log(len(entries), len(places))
         if cut:
             self._console.print(
                 f"  {cut} later turns were answered without the first: the model's positions"
             )
+
+    def _tell_in_a_log(self, new: int, total: int) -> None:
+        """Where there is no bar, a line for each tenth."""
+        done = len(self.answers)
+        if not self._console.is_terminal and 10 * done // total > 10 * (done - new) // total:
+            self._console.print(f"  answered {done} of {total}", highlight=False)
 
     def _messages(self, number: int, turn: int) -> list[dict[str, str]]:
         messages = []
