@@ -2,9 +2,11 @@
 
 import json
 import shutil
+import weakref
 
 import pytest
 
+from lite_orpo.cli.target import load_target_model
 from lite_orpo.report.metrics_file import read_metrics
 
 
@@ -62,7 +64,23 @@ def test_a_column_is_named_by_the_user_and_one_that_says_nothing_is_left_out(
     assert code == 0 and "it makes no groups" in said and "By prompt" not in said
 
 
-def test_a_whole_model_is_compared_with_the_base_that_is_named(command, demo_run, tmp_path):
+def models_at_a_time(monkeypatch):
+    """How many of the models that were loaded before are still there, at each loading."""
+    loaded, seen = [], []
+
+    def load(target, *, is_scored):
+        seen.append(sum(model() is not None for model in loaded))
+        model = load_target_model(target, is_scored=is_scored)
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr("lite_orpo.cli.score_target.load_target_model", load)
+    return seen
+
+
+def test_a_whole_model_is_compared_with_the_base_that_is_named(
+    command, demo_run, tmp_path, monkeypatch
+):
     data = demo_run.parent / "held_out.jsonl"
     words = ("examples/demo_model", "--data", data, "-o", tmp_path)
     code, said, error = command("eval", *words)
@@ -71,10 +89,25 @@ def test_a_whole_model_is_compared_with_the_base_that_is_named(command, demo_run
     assert "before" not in alone["accuracy"] and "implicit_accuracy" not in alone
     twin = tmp_path / "twin"
     shutil.copytree("examples/demo_model", twin)
+    seen = models_at_a_time(monkeypatch)
     code, said, error = command("eval", *words, "--base", twin)
     assert code == 0, error
+    assert seen == [0, 0]  # the first model is gone when the second is loaded
     both = json.loads((tmp_path / "eval.json").read_text())["overall"]["figures"]
     assert both["accuracy"]["before"] == both["accuracy"]["after"] == alone["accuracy"]["after"]
+
+
+def test_a_whole_model_without_its_base_is_looked_at_alone(command, demo_run, tmp_path):
+    folder = tmp_path / "full"
+    shutil.copytree("examples/demo_model", folder)
+    settings = (demo_run / "config.resolved.yaml").read_text().splitlines()[1:]
+    (folder / "config.resolved.yaml").write_text(
+        "\n".join(["model_name_or_path: my/base", *settings])
+    )
+    code, said, error = command("eval", folder)
+    assert code == 0 and "its base, my/base, is not here" in said, error
+    code, _, error = command("eval", folder, "--base", "my/base")
+    assert code == 2 and "my/base" in error and len(error.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
