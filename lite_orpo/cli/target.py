@@ -15,6 +15,7 @@ from ..config.run_config import RunConfig, run_config_of
 from ..config.yaml_file import Setting, read_settings
 from ..errors import ConfigError, HubError, ModelError, UserError
 from ..model.load import load_model, load_tokenizer, loading
+from ..model.quantization import keep_gradients_on_cpu
 from .library_refusals import library_refusals
 from .output_folder import CONFIG_FILE
 
@@ -127,6 +128,8 @@ def load_target_model(target: Target, *, is_scored: bool) -> Any:
     if not is_scored:
         if getattr(model, "hf_device_map", None) is None:
             model.to(device)
+        # bitsandbytes' format for answering on CPUs fails where a layer's width is odd to it.
+        keep_gradients_on_cpu(model)
         model.eval()
     return model
 
@@ -240,7 +243,8 @@ def _value(settings: dict[str, Setting], overrides: dict[str, Setting], key: str
 
 
 def _hint(target: Target) -> str:
-    if target.base_named_in is None or Path(target.model).is_absolute():
+    path = Path(target.model).expanduser()
+    if target.base_named_in is None or path.is_absolute() or path.exists():
         return ""
     return (
         f" ({target.base_named_in} names it: a relative path counts from the folder where the "

@@ -116,3 +116,15 @@ def test_ctrl_c_ends_the_answer_and_not_the_program(demo_run, command, monkeypat
 def test_a_mistake_is_one_line_and_exit_2(command, words, message):
     code, _, error = command("chat", *words, stdin="Hi\n")
     assert code == 2 and message in error and len(error.splitlines()) == 1, error
+
+
+def test_a_base_in_4_bits_answers_on_a_cpu(demo_run, command):
+    code, said, error = command("chat", demo_run, "load_in_4bit=true", *SHORT, stdin="Hi there.\n")
+    assert code == 0, error
+    assert len(said.split("you> Hi there.")[1].split()) > 3
+
+
+def test_a_setting_that_the_model_lacks_is_one_line_without_a_wrong_trail(demo_run, command):
+    code, _, error = command("chat", demo_run, "attn_implementation=nonsense", stdin="Hi\n")
+    assert code == 2 and "nonsense" in error and "--base" not in error
+    assert len(error.splitlines()) == 1
