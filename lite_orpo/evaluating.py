@@ -91,6 +91,10 @@ class EvaluatingTrainer(CheckpointingTrainer):
             raise DataError("score_pairs() needs one set of pairs: give it, or an eval_dataset")
         return score_pairs(self, self._evaluation_room, prepared, "Scoring")
 
+    def leave_out_of_throughput(self, seconds: float) -> None:
+        """Time between two steps that was spent on something else than training."""
+        self._throughput.leave_out(seconds)
+
     def predict(
         self,
         test_dataset: Any,

@@ -1,28 +1,24 @@
 """`lite-orpo eval`: score held-out pairs with the adapter on and off, and say what that means."""
 
-import gc
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from rich.console import Console
+from rich.text import Text
 
 from ..config.options import DataOptions
 from ..config.yaml_file import Setting, parse_value
-from ..data.row_category import categories_of
+from ..data.row_category import Categories, categories_of
 from ..data.row_source import RowSource
 from ..data.run_sources import open_run_sources
 from ..data.sources import open_source
-from ..errors import ConfigError, DataError, ModelError, UserError
+from ..errors import ConfigError, DataError, HubError, ModelError
 from ..evaluation.figures import evaluate_scores
-from ..evaluation.scores import Scores
-from ..model.adapter import adapter_switched_off
-from ..pair_scores import PairScores
 from ..report.eval_json import write_eval_json
 from ..report.eval_picture import draw_evaluation
 from ..report.eval_table import print_evaluation
-from ..trainer import ORPOTrainer
-from .library_refusals import library_refusals
-from .target import Target, load_target_model, load_target_tokenizer, resolve_target
+from .score_target import refuse_missing_base, score_target
+from .target import Target, resolve_target
 from .train import quiet_libraries
 
 JSON_FILE, PICTURE_FILE = "eval.json", "eval.png"
@@ -60,30 +56,18 @@ def run_evaluation(name: str, overrides: dict[str, Setting], options: EvalOption
     source = _held_out(target, options)
     output = _output_folder(target, options.output)
     target.config.training.output_dir = str(output)
-    tokenizer = load_target_tokenizer(target)
-    with library_refusals(Path(name), (ImportError, ValueError, RuntimeError, OSError)):
-        trainer = _trainer(target, target, tokenizer, source)
-        after, before = _score(target, trainer, tokenizer, source)
-    lines = trainer.data_reports[0].lines()
-    console.print(f"  {lines[0]}", style="dim", highlight=False, soft_wrap=True)
-    categories = categories_of(source, after.rows.tolist(), options.by)
-    if categories is not None and not categories.say_something:
-        if options.by is not None:
-            console.print(
-                f"  {categories.column} has one value, or almost as many as there are pairs: "
-                "it makes no groups",
-                highlight=False,
-            )
-        categories = None
-    ours = _checked(after, target.name)
-    theirs = None if before is None else _checked(before, "the base model")
-    scale = trainer.objective.reward_scale
+    target = _with_base(console, target, options)
+    groups = _Groups(console, source, options.by)
+    scored = score_target(target, source, groups.look_at_rows)
+    ours, theirs, categories = scored.after, scored.before, groups.categories
+    for line in scored.data_lines:
+        console.print(Text(f"  {line}", style="dim"), soft_wrap=True)
     column = None if categories is None else categories.column
     evaluation = evaluate_scores(
         ours,
         theirs,
         groups=None if categories is None else categories.values,
-        reward_scale=scale,
+        reward_scale=scored.reward_scale,
     )
     trained = "the adapter" if target.adapter is not None else "the model"
     print_evaluation(console, evaluation, trained=trained, column=column)
@@ -91,8 +75,8 @@ def run_evaluation(name: str, overrides: dict[str, Setting], options: EvalOption
         "model": target.name,
         "base": _public(target.model if target.adapter is not None else target.base),
         "data": _public(source.name),
-        "reward_scale": scale,
-        "rows": trainer.rows_description,
+        "reward_scale": scored.reward_scale,
+        "rows": scored.rows_description,
     }
     write_eval_json(output / JSON_FILE, evaluation, about=about, trained=trained, column=column)
     draw_evaluation(
@@ -108,33 +92,40 @@ def run_evaluation(name: str, overrides: dict[str, Setting], options: EvalOption
     )
 
 
-def _trainer(target: Target, model: Target, tokenizer: Any, source: RowSource) -> ORPOTrainer:
-    args = target.config.training
-    args.disable_tqdm = True
-    return ORPOTrainer(
-        model=load_target_model(model, is_scored=True),
-        args=args,
-        eval_dataset=source,
-        processing_class=tokenizer,
-    )
+class _Groups:
+    def __init__(self, console: Console, source: RowSource, column: str | None) -> None:
+        self._console = console
+        self._source = source
+        self._column = column
+        self.categories: Categories | None = None
+
+    def look_at_rows(self, rows: list[int]) -> None:
+        found = categories_of(self._source, rows, self._column)
+        if found is None or found.say_something:
+            self.categories = found
+        elif self._column is not None:
+            self._console.print(
+                f"  {self._column} has one value, or almost as many as there are pairs: it makes "
+                "no groups",
+                highlight=False,
+                soft_wrap=True,
+            )
 
 
-def _score(
-    target: Target, trainer: ORPOTrainer, tokenizer: Any, source: RowSource
-) -> tuple[PairScores, PairScores | None]:
-    """With the adapter on, and off; or a whole model, and what it was before."""
-    after = trainer.score_pairs()
-    if target.adapter is not None:
-        with adapter_switched_off(trainer.model):
-            return after, trainer.score_pairs()
-    if target.base is None:
-        return after, None
-    prepared = trainer.eval_dataset
-    # One model at a time: the trained one makes room for its base.
-    trainer.model = trainer.model_wrapped = None
-    gc.collect()
-    base = _trainer(target, target._replace(model=target.base), tokenizer, prepared)
-    return after, base.score_pairs()
+def _with_base(console: Console, target: Target, options: EvalOptions) -> Target:
+    try:
+        refuse_missing_base(target)
+    except (HubError, ModelError):
+        if options.base is not None:
+            raise
+        # The model can be looked at alone, and its base may be on another machine.
+        console.print(
+            f"  its base, {target.base}, is not here: no figures of before (--base names another)",
+            highlight=False,
+            soft_wrap=True,
+        )
+        return target._replace(base=None)
+    return target
 
 
 def _held_out(target: Target, options: EvalOptions) -> RowSource:
@@ -176,17 +167,6 @@ def _output_folder(target: Target, asked: Path | None) -> Path:
             f"{folder} cannot be written ({error.strerror}); give --output another folder"
         ) from None
     return folder
-
-
-def _checked(scores: PairScores, who: str) -> Scores:
-    try:
-        return Scores.of(scores)
-    except UserError:
-        raise
-    except ValueError as error:
-        if not len(scores.rows):
-            raise DataError("there are no pairs to evaluate on") from None
-        raise ModelError(f"{who}: {error}; look at its weights, or try dtype=float32") from None
 
 
 def _public(name: str | None) -> str | None:

@@ -185,16 +185,94 @@ def evaluate(
     ),
 ) -> None:
     """Score held-out pairs with the adapter on and off: accuracy, margins, NLL, with intervals."""
-    from .overrides import split_arguments
+    from .overrides import split_words
 
-    target, overrides = split_arguments(
-        arguments or [], None, what="TARGET", missing=f"no TARGET; give {_TARGET_HELP}"
-    )
+    (target,), overrides = split_words(arguments or [], ("TARGET",))
 
     from .evaluate import EvalOptions, run_evaluation
 
     options = EvalOptions(data, base, by, output, split, column_mapping)
-    run_evaluation(str(target), overrides, options)
+    run_evaluation(target, overrides, options)
+
+
+@app.command(context_settings=_ANY_KEY)
+def chat(
+    arguments: list[str] = typer.Argument(
+        None,
+        metavar="TARGET [key=value | --key value]...",
+        help=f"{_TARGET_HELP}; then settings",
+        show_default=False,
+    ),
+    compare: bool = typer.Option(False, "--compare", help="base and adapter side by side"),
+    system: str | None = typer.Option(None, "--system", help="system message"),
+    max_new_tokens: int = typer.Option(
+        512, "--max-new-tokens", "--max_new_tokens", help="length of an answer"
+    ),
+    temperature: float = typer.Option(0.7, "--temperature", help="0 is greedy"),
+    seed: int = typer.Option(0, "--seed", help="of the draws"),
+    base: str | None = typer.Option(None, "--base", help=_BASE_HELP),
+) -> None:
+    """Talk with a model in the terminal; --compare shows what the adapter changes."""
+    from .overrides import split_words
+
+    (target,), overrides = split_words(arguments or [], ("TARGET",))
+
+    from .chat import ChatOptions, run_chat
+
+    options = ChatOptions(compare, system, max_new_tokens, temperature, seed, base)
+    run_chat(target, overrides, options)
+
+
+@app.command(context_settings=_ANY_KEY)
+def generate(
+    arguments: list[str] = typer.Argument(
+        None,
+        metavar="TARGET PROMPTS [key=value | --key value]...",
+        help=f"{_TARGET_HELP}; the file of prompts; then settings",
+        show_default=False,
+    ),
+    form: str = typer.Option(
+        ..., "--format", help="alpaca_eval (rows with `instruction`) or mt_bench (`turns`)"
+    ),
+    output: Path = typer.Option(..., "--output", "-o", help="the file of answers"),
+    batch_size: int = typer.Option(8, "--batch-size", "--batch_size", help="prompts at a time"),
+    max_new_tokens: int | None = typer.Option(
+        None,
+        "--max-new-tokens",
+        "--max_new_tokens",
+        help="length of an answer; default 2048 (alpaca_eval), 1024 (mt_bench)",
+    ),
+    temperature: float | None = typer.Option(
+        None, "--temperature", help="0 is greedy; default 0, for mt_bench by category"
+    ),
+    seed: int = typer.Option(0, "--seed", help="of the draws; each prompt has its own from it"),
+    base: str | None = typer.Option(None, "--base", help=_BASE_HELP),
+    adapter_off: bool = typer.Option(False, "--adapter-off", help="answers of the base model"),
+    name: str | None = typer.Option(
+        None, "--name", help="generator, or model_id, in the file; default: TARGET's name"
+    ),
+    overwrite: bool = typer.Option(False, "--overwrite", help="replace the file of answers"),
+) -> None:
+    """Answer AlpacaEval's or MT-Bench's prompts; a run that was stopped goes on by itself."""
+    from .overrides import split_words
+
+    (target, prompts), overrides = split_words(arguments or [], ("TARGET", "PROMPTS"))
+
+    from .generate import GenerateOptions, run_generation
+
+    options = GenerateOptions(
+        form,
+        output,
+        batch_size,
+        max_new_tokens,
+        temperature,
+        seed,
+        base,
+        adapter_off,
+        name,
+        overwrite,
+    )
+    run_generation(target, prompts, overrides, options)
 
 
 @app.command(context_settings=_ANY_KEY)

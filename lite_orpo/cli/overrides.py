@@ -11,25 +11,12 @@ WHERE = "command line"
 RESUME = {"resume_from_checkpoint": Setting(True, f"{WHERE} (--resume)")}
 
 
-NO_CONFIGURATION = (
-    "no configuration file; `lite-orpo init` writes one, then `lite-orpo train config.yaml`"
-)
-
-
-def split_arguments(
-    arguments: list[str],
-    config: Path | None,
-    *,
-    what: str = "the configuration",
-    missing: str = NO_CONFIGURATION,
-) -> tuple[Path, dict[str, Setting]]:
-    """Tell the configuration file, or whatever a command is about, from the overrides.
+def split_arguments(arguments: list[str], config: Path | None) -> tuple[Path, dict[str, Setting]]:
+    """Tell the configuration file from the overrides.
 
     Args:
         arguments: everything after the command's name.
         config: the file, where it was given as an option.
-        what: the name of what is no override, for messages.
-        missing: the message where there is none.
 
     Returns:
         The file and the overrides. Hyphens in keys count as underscores.
@@ -37,8 +24,49 @@ def split_arguments(
     Raises:
         ConfigError: no file or two, an option without a value, or a key given twice.
     """
+    words, overrides = _split(arguments)
+    paths = [*([] if config is None else [config]), *map(Path, words)]
+    if not paths:
+        raise ConfigError(
+            f"{WHERE}: no configuration file; `lite-orpo init` writes one, then "
+            "`lite-orpo train config.yaml`"
+        )
+    if len(paths) > 1:
+        raise ConfigError(
+            f"{WHERE}: {str(paths[1])!r} is neither key=value nor the configuration ({paths[0]} is)"
+        )
+    return paths[0], overrides
+
+
+def split_words(
+    arguments: list[str], names: tuple[str, ...]
+) -> tuple[tuple[str, ...], dict[str, Setting]]:
+    """Tell what a command is about from the overrides.
+
+    Args:
+        arguments: everything after the command's name.
+        names: what the words that are no override are called, in their order.
+
+    Returns:
+        As many words as names, and the overrides.
+
+    Raises:
+        ConfigError: too few or too many words, or as in `split_arguments`.
+    """
+    words, overrides = _split(arguments)
+    if len(words) < len(names):
+        missing = " and ".join(names[len(words) :])
+        raise ConfigError(f"{WHERE}: {missing} not given; --help tells what it is")
+    if len(words) > len(names):
+        raise ConfigError(
+            f"{WHERE}: {words[len(names)]!r} is neither key=value nor {' or '.join(names)}"
+        )
+    return tuple(words), overrides
+
+
+def _split(arguments: list[str]) -> tuple[list[str], dict[str, Setting]]:
     overrides: dict[str, Setting] = {}
-    paths = [] if config is None else [config]
+    words: list[str] = []
     rest = list(arguments)
     while rest:
         word = rest.pop(0)
@@ -50,7 +78,7 @@ def split_arguments(
         elif "=" in word and not Path(word).is_file():
             key, _, text = word.partition("=")
         else:
-            paths.append(Path(word))
+            words.append(word)
             continue
         key = key.strip().replace("-", "_")
         if not key:
@@ -58,13 +86,7 @@ def split_arguments(
         if key in overrides:
             raise ConfigError(f"{WHERE}: {key} is given twice")
         overrides[key] = Setting(_read(key, text), WHERE)
-    if not paths:
-        raise ConfigError(f"{WHERE}: {missing}")
-    if len(paths) > 1:
-        raise ConfigError(
-            f"{WHERE}: {str(paths[1])!r} is neither key=value nor {what} ({paths[0]} is)"
-        )
-    return paths[0], overrides
+    return words, overrides
 
 
 def _read(key: str, text: str) -> object:

@@ -15,6 +15,8 @@ from ..config.run_config import RunConfig, run_config_of
 from ..config.yaml_file import Setting, read_settings
 from ..errors import ConfigError, HubError, ModelError, UserError
 from ..model.load import load_model, load_tokenizer, loading
+from ..model.quantization import keep_gradients_on_cpu
+from .library_refusals import library_refusals
 from .output_folder import CONFIG_FILE
 
 _ADAPTER, _MODEL = "adapter_config.json", "config.json"
@@ -98,7 +100,7 @@ def load_target_tokenizer(target: Target) -> Any:
     """
     options = target.config.model
     template = options.chat_template_path if target.tokenizer == target.model else None
-    return load_tokenizer(_with_name(options, target.tokenizer, template))
+    return load_tokenizer(options_for(target, target.tokenizer, template))
 
 
 def load_target_model(target: Target, *, is_scored: bool) -> Any:
@@ -114,10 +116,11 @@ def load_target_model(target: Target, *, is_scored: bool) -> Any:
         HubError: the hub does not give them.
     """
     device = target.config.training.device
-    options = _with_name(target.config.model, target.model, None)
+    options = options_for(target, target.model)
     trains_all = is_scored and target.adapter is None
     try:
-        model = load_model(options, device, trains_all_weights=trains_all)
+        with library_refusals(Path(target.name), (ImportError, ValueError, RuntimeError)):
+            model = load_model(options, device, trains_all_weights=trains_all)
     except (HubError, ModelError) as error:
         raise type(error)(f"{error}{_hint(target)}") from error
     if target.adapter is not None:
@@ -125,6 +128,8 @@ def load_target_model(target: Target, *, is_scored: bool) -> Any:
     if not is_scored:
         if getattr(model, "hf_device_map", None) is None:
             model.to(device)
+        # bitsandbytes' format for answering on CPUs fails where a layer's width is odd to it.
+        keep_gradients_on_cpu(model)
         model.eval()
     return model
 
@@ -205,8 +210,11 @@ def _config(
     )
 
 
-def _with_name(options: ModelOptions, name: str, template: str | None) -> ModelOptions:
-    return dataclasses.replace(options, model_name_or_path=name, chat_template_path=template)
+def options_for(target: Target, name: str, template: str | None = None) -> ModelOptions:
+    """How the target's model is loaded, for another name."""
+    return dataclasses.replace(
+        target.config.model, model_name_or_path=name, chat_template_path=template
+    )
 
 
 def _holds(folder: Path) -> bool:
@@ -235,7 +243,8 @@ def _value(settings: dict[str, Setting], overrides: dict[str, Setting], key: str
 
 
 def _hint(target: Target) -> str:
-    if target.base_named_in is None or Path(target.model).is_absolute():
+    path = Path(target.model).expanduser()
+    if target.base_named_in is None or path.is_absolute() or path.exists():
         return ""
     return (
         f" ({target.base_named_in} names it: a relative path counts from the folder where the "

@@ -24,6 +24,7 @@ from ..model.adapter import adapter_switched_off, lora_config, trainable_paramet
 from ..model.load import load_model, load_tokenizer
 from ..report.card import write_card
 from ..report.curves import draw_curves
+from ..report.evaluation_samples import SamplesAtEvaluations
 from ..report.metrics_file import MetricsFile, read_metrics
 from ..report.progress import TrainingProgress
 from ..report.samples import Answered, Sample, answer, pick_samples
@@ -82,6 +83,7 @@ def run_training(
     before = _metrics_before(trainer, config, output_dir)
     samples = _samples(config, trainer, sources)
     base_answers = _answers_before(trainer, config, samples)
+    _sample_at_evaluations(console, trainer, config, samples, base_answers)
     stop = StopWithCheckpoint(stop_after)
     trainer.add_callback(stop)
     peak = PeakMemory(config.training.device)
@@ -213,6 +215,33 @@ def _answers_before(trainer: ORPOTrainer, config: RunConfig, samples: list[Sampl
         return []
     return answer(
         trainer.model, trainer.processing_class, samples, config.report.sample_max_new_tokens
+    )
+
+
+def _sample_at_evaluations(
+    console: Console,
+    trainer: ORPOTrainer,
+    config: RunConfig,
+    samples: list[Sample],
+    base_answers: list[str],
+) -> None:
+    if not config.report.sample_at_evaluations:
+        return
+    if trainer.equal_rows:
+        raise ConfigError(
+            "sample_at_evaluations is not supported with FSDP, where one rank cannot answer alone"
+        )
+    if not samples:
+        return
+    callbacks = trainer.callback_handler.callbacks
+    metrics = next((each for each in callbacks if isinstance(each, MetricsFile)), None)
+    length = config.report.sample_max_new_tokens
+
+    def show(answered: list[Answered]) -> None:
+        print_samples(console, answered)
+
+    trainer.add_callback(
+        SamplesAtEvaluations(trainer, samples, length, base_answers, show, metrics)
     )
 
 

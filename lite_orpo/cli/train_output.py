@@ -100,6 +100,10 @@ def print_usage(
     console.print(f"{what} in {output_dir}, figures in {output_dir / metrics}", soft_wrap=True)
     if config.report.save_plots and curves is not None:
         console.print(f"Curves in {output_dir / curves}", soft_wrap=True)
+    console.print("Look at it:")
+    for line in (f"lite-orpo eval {output_dir}", f"lite-orpo chat {output_dir} --compare"):
+        if config.lora.use_peft or "--compare" not in line:
+            console.print(Text("    " + line), soft_wrap=True)
     console.print("Use it in Python:")
     name = "AutoPeftModelForCausalLM" if config.lora.use_peft else "AutoModelForCausalLM"
     package = "peft" if config.lora.use_peft else "transformers"

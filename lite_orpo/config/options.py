@@ -74,6 +74,9 @@ class ReportOptions:
 
     eval_before_training: bool = _option(True, "evaluate the base model first, to compare with")
     sample_prompts: int = _option(3, "held-out prompts answered before and after; 0 turns it off")
+    sample_at_evaluations: bool = _option(
+        False, "answer them at each evaluation during training too, and log it"
+    )
     sample_max_new_tokens: int = _option(64, "length of those answers in tokens")
     save_plots: bool = _option(True, "write curves.png into the output folder")
     overwrite_output_dir: bool = _option(False, "let a new run replace an older one there")

@@ -121,6 +121,13 @@ def run_config_of(settings: dict[str, Setting], path: Path) -> RunConfig:
         raise ConfigError(
             f"{path}: sample_prompts must be at least 0 and sample_max_new_tokens at least 1"
         )
+    if report.sample_at_evaluations and not (
+        report.sample_prompts and training.eval_strategy != "no"
+    ):
+        raise ConfigError(
+            f"{path}: sample_at_evaluations needs sample_prompts above 0 and evaluations "
+            "(eval_strategy: epoch or steps)"
+        )
     return RunConfig(model, lora, data, report, training, given)
 
 

@@ -49,4 +49,5 @@ seed: 42
 
 # --- report ----------------------------------------------------------------------------------
 sample_prompts: 3             # held-out prompts answered before and after
+# sample_at_evaluations: true # and at each evaluation on the way
 """

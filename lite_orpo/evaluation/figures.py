@@ -76,7 +76,7 @@ def evaluate_scores(
     before: Scores | None = None,
     *,
     groups: Sequence[str] | None = None,
-    reward_scale: float = 0.1,
+    reward_scale: float | None = None,
     seed: int = 0,
     resamples: int = 2000,
 ) -> Evaluation:
@@ -90,7 +90,8 @@ def evaluate_scores(
         after: by the trained model.
         before: by the model to compare with, of the same pairs.
         groups: [N] names; None: no groups.
-        reward_scale: the beta that TRL's rewards carry.
+        reward_scale: the beta that TRL's rewards carry, where the loss compares mean
+            log-probabilities (orpo, simpo); None: no reward margin.
         seed: of the resamples that intervals of means are taken from.
         resamples: how many.
 
@@ -118,7 +119,7 @@ def evaluate_scores(
 
 
 def _figures(
-    after: Scores, before: Scores | None, scale: float, seed: int, resamples: int
+    after: Scores, before: Scores | None, scale: float | None, seed: int, resamples: int
 ) -> dict[str, Figure]:
     ours = preference(after.mean_chosen - after.mean_rejected)
     theirs = None if before is None else preference(before.mean_chosen - before.mean_rejected)
@@ -150,13 +151,13 @@ def _accuracy(ours: Array, theirs: Array | None) -> Figure:
     return Figure(share(ours), share(theirs), paired_difference(ours, theirs))
 
 
-def _means(scores: Scores, scale: float) -> dict[str, tuple[Array, Array]]:
+def _means(scores: Scores, scale: float | None) -> dict[str, tuple[Array, Array]]:
     """Numerator and denominator of each mean, pair by pair."""
     margin = scores.mean_chosen - scores.mean_rejected
     ones = numpy.ones_like(margin)
-    return {
+    reward = {} if scale is None else {REWARD_MARGIN: (scale * margin, ones)}
+    return reward | {
         MARGIN: (margin, ones),
-        REWARD_MARGIN: (scale * margin, ones),
         LOG_ODDS: (scores.log_odds, ones),
         NLL_CHOSEN: (-scores.chosen, scores.chosen_tokens.astype(numpy.float64)),
         NLL_REJECTED: (-scores.rejected, scores.rejected_tokens.astype(numpy.float64)),

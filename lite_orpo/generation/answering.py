@@ -158,7 +158,7 @@ def answers_in_batches(
             logger.warning("memory ran out: %d prompts at a time from here on", batch_size.size)
         else:
             yield numbers, texts
-            del waiting[: len(numbers)]
+            waiting = [number for number in waiting if number not in set(numbers)]
             continue
         _free()
 
@@ -169,13 +169,9 @@ def _next_batch(
     first = questions[waiting[0]]
     if not answerer.has_full_room(first):
         return waiting[:1]
-    batch = []
-    for number in waiting[:size]:
-        question = questions[number]
-        if not answerer.has_full_room(question) or question.max_new_tokens != first.max_new_tokens:
-            break
-        batch.append(number)
-    return batch
+    # The others are no longer than the first, so they have room too.
+    alike = (n for n in waiting[:size] if questions[n].max_new_tokens == first.max_new_tokens)
+    return list(alike)
 
 
 def seed_of(seed: int, *parts: object) -> int:

@@ -5,7 +5,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from ..evaluation.figures import ACCURACY, CONTROLLED, LABELS, MARGIN, Evaluation, Figure
+from ..evaluation.figures import ACCURACY, CONTROLLED, LABELS, MARGIN, Evaluation, GroupFigures
 from ..evaluation.intervals import Estimate
 from ..evaluation.reading import FEW_PAIRS, read_figures
 from .visible_text import make_visible
@@ -26,14 +26,15 @@ def print_evaluation(
     """
     for sentence in read_figures(evaluation.overall, trained):
         console.print(Padding(sentence, (0, 0, 0, 2)), highlight=False)
-    console.print(_figures(evaluation.overall.figures))
+    console.print(_figures(evaluation.overall))
     if evaluation.groups:
         console.print(_groups(evaluation, str(column)))
 
 
-def _figures(figures: dict[str, Figure]) -> Table:
+def _figures(group: GroupFigures) -> Table:
+    figures = group.figures
     has_before = any(figure.before is not None for figure in figures.values())
-    title = "Held-out pairs; below each figure its 95 % interval"
+    title = f"{group.pairs:,} pairs; below each figure its 95 % interval"
     table = Table(title=title, title_justify="left", box=None)
     table.add_column("")
     if has_before:

@@ -48,9 +48,16 @@ class MetricsFile(TrainerCallback):
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
     ) -> None:
         """Append one line, on the main process only."""
-        if not state.is_world_process_zero or not logs:
-            return
-        line = json.dumps({"step": state.global_step, **logs})
+        if state.is_world_process_zero and logs:
+            self.write(state.global_step, logs)
+
+    def write(self, step: int, content: dict[str, Any]) -> None:
+        """Append one line; the caller sees to it that only the main process does.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        line = json.dumps({"step": step, **content})
         with writing(str(self.path), _ADVICE):
             if not self._is_open:
                 self._open()

@@ -27,7 +27,17 @@ def run_cli(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[st
     )
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["init", "--help"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["train", "--help"],
+        ["init", "--help"],
+        ["eval", "--help"],
+        ["chat", "--help"],
+        ["generate", "--help"],
+    ],
+)
 def test_help_imports_nothing_heavy(arguments):
     code = (
         "import sys\n"
