@@ -105,11 +105,12 @@ def test_other_pairs_or_another_model_are_scored_anew(change, tmp_path):
 def test_a_damaged_file_is_computed_anew_and_said(tmp_path, caplog):
     trainer_for(with_lora(tiny_model()), tmp_path, **SETTINGS).train()
     (path,) = cached(tmp_path)
-    good = path.read_bytes()
-    path.write_bytes(good[: len(good) // 2])
+    good = load_file(path)
+    path.write_bytes(path.read_bytes()[:100])
     trainer_for(with_lora(tiny_model()), tmp_path, **SETTINGS).train()
     assert "cannot be read" in caplog.text
-    assert path.read_bytes() == good
+    anew = load_file(path)
+    assert all(torch.equal(anew[name], good[name]) for name in good)
 
 
 @pytest.mark.parametrize("loss_type", ["dpo", "ipo", "sft"])
