@@ -156,7 +156,7 @@ def test_an_index_of_weights_that_leaves_the_folder(name, base):
     shutil.move(base / "model.safetensors", base.parent / "outside.safetensors")
     index = {"metadata": {}, "weight_map": {"model.embed_tokens.weight": name}}
     (base / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert "names a file outside of it" in refusal(lambda: load(base))
+    assert "outside of it" in refusal(lambda: load(base))
 
 
 @pytest.mark.parametrize(
@@ -237,7 +237,7 @@ def test_a_manifest_that_leaves_its_folder(name, checkpoint):
     manifest = json.loads((checkpoint / "manifest.json").read_text())
     manifest["files"][name] = {"size": 1, "sha256": "0"}
     (checkpoint / "manifest.json").write_text(json.dumps(manifest))
-    assert "names a file outside of it" in refusal(lambda: resume(checkpoint), CheckpointError)
+    assert "outside of it" in refusal(lambda: resume(checkpoint), CheckpointError)
 
 
 # ---- data ----
