@@ -27,16 +27,31 @@ _TRAIN_EPILOG = (
     + "\n\n".join(f"[bold]{name}[/bold]  {text}" for name, text in common_keys())
 )
 
+_TARGET_HELP = "a run's folder, an adapter, a model (folder or hub name), or a configuration"
+# What several commands take.
+_CONFIG_AND_SETTINGS = typer.Argument(
+    None,
+    metavar="CONFIG.yaml [key=value | --key value]...",
+    help="the configuration, then settings that override it",
+    show_default=False,
+)
+_CONFIG_OPTION = typer.Option(None, "--config", help="the configuration, as an option")
+_BASE_OPTION = typer.Option(
+    None, "--base", help="base model; default: the one that the run, or the adapter, names"
+)
+_COLUMN_MAPPING = typer.Option(
+    None,
+    "--column-mapping",
+    "--column_mapping",
+    metavar="YAML",
+    help="columns that have other names: '{prompt: question, chosen: good, rejected: bad}'",
+)
+
 
 @app.command(context_settings=_ANY_KEY, epilog=_TRAIN_EPILOG)
 def train(
-    arguments: list[str] = typer.Argument(
-        None,
-        metavar="CONFIG.yaml [key=value | --key value]...",
-        help="the configuration, then settings that override it",
-        show_default=False,
-    ),
-    config: Path | None = typer.Option(None, "--config", help="the configuration, as an option"),
+    arguments: list[str] = _CONFIG_AND_SETTINGS,
+    config: Path | None = _CONFIG_OPTION,
     resume: bool = typer.Option(
         False, "--resume", help="go on from the newest complete checkpoint in output_dir"
     ),
@@ -63,13 +78,8 @@ def train(
 
 @app.command(context_settings=_ANY_KEY)
 def plan(
-    arguments: list[str] = typer.Argument(
-        None,
-        metavar="CONFIG.yaml [key=value | --key value]...",
-        help="the configuration, then settings that override it",
-        show_default=False,
-    ),
-    config: Path | None = typer.Option(None, "--config", help="the configuration, as an option"),
+    arguments: list[str] = _CONFIG_AND_SETTINGS,
+    config: Path | None = _CONFIG_OPTION,
     vram: float | None = typer.Option(
         None, "--vram", help="memory of the card in GiB; default: of the one that is here"
     ),
@@ -120,13 +130,7 @@ def check(
     eval_split: str | None = typer.Option(
         None, "--eval-split", "--eval_split", help="the same of the held-out pairs"
     ),
-    column_mapping: str | None = typer.Option(
-        None,
-        "--column-mapping",
-        "--column_mapping",
-        metavar="YAML",
-        help="columns that have other names: '{prompt: question, chosen: good, rejected: bad}'",
-    ),
+    column_mapping: str | None = _COLUMN_MAPPING,
     strict: bool = typer.Option(False, "--strict", help="exit 1 if a finding is serious"),
 ) -> None:
     """Look at preference pairs before training: what the model will see, and what is wrong."""
@@ -153,10 +157,6 @@ def check(
         raise typer.Exit(1)
 
 
-_TARGET_HELP = "a run's folder, an adapter, a model (folder or hub name), or a configuration"
-_BASE_HELP = "base model; default: the one that the run, or the adapter, names"
-
-
 @app.command(name="eval", context_settings=_ANY_KEY)
 def evaluate(
     arguments: list[str] = typer.Argument(
@@ -168,7 +168,7 @@ def evaluate(
     data: str | None = typer.Option(
         None, "--data", help="held-out pairs; default: those of the run"
     ),
-    base: str | None = typer.Option(None, "--base", help=_BASE_HELP),
+    base: str | None = _BASE_OPTION,
     by: str | None = typer.Option(
         None, "--by", help="column to group by; default: source or category, if there is one"
     ),
@@ -176,13 +176,7 @@ def evaluate(
         None, "--output", "-o", help="folder for eval.json and eval.png; default: TARGET's"
     ),
     split: str | None = typer.Option(None, "--split", help="split of a folder or hub data set"),
-    column_mapping: str | None = typer.Option(
-        None,
-        "--column-mapping",
-        "--column_mapping",
-        metavar="YAML",
-        help="columns that have other names: '{prompt: question, chosen: good, rejected: bad}'",
-    ),
+    column_mapping: str | None = _COLUMN_MAPPING,
 ) -> None:
     """Score held-out pairs with the adapter on and off: accuracy, margins, NLL, with intervals."""
     from .overrides import split_words
@@ -210,7 +204,7 @@ def chat(
     ),
     temperature: float = typer.Option(0.7, "--temperature", help="0 is greedy"),
     seed: int = typer.Option(0, "--seed", help="of the draws"),
-    base: str | None = typer.Option(None, "--base", help=_BASE_HELP),
+    base: str | None = _BASE_OPTION,
 ) -> None:
     """Talk with a model in the terminal; --compare shows what the adapter changes."""
     from .overrides import split_words
@@ -246,7 +240,7 @@ def generate(
         None, "--temperature", help="0 is greedy; default 0, for mt_bench by category"
     ),
     seed: int = typer.Option(0, "--seed", help="of the draws; each prompt has its own from it"),
-    base: str | None = typer.Option(None, "--base", help=_BASE_HELP),
+    base: str | None = _BASE_OPTION,
     adapter_off: bool = typer.Option(False, "--adapter-off", help="answers of the base model"),
     name: str | None = typer.Option(
         None, "--name", help="generator, or model_id, in the file; default: TARGET's name"
@@ -283,7 +277,7 @@ def compare(
         help="the configuration, then what is compared, then settings for all runs",
         show_default=False,
     ),
-    config: Path | None = typer.Option(None, "--config", help="the configuration, as an option"),
+    config: Path | None = _CONFIG_OPTION,
     output: Path | None = typer.Option(
         None, "--output", "-o", help="folder of all runs; default: output_dir with -compare"
     ),
