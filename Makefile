@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint types bench bench-gpu bench-gpu-step bench-gpu-fit clean
+.PHONY: demo test lint types notebooks bench bench-gpu bench-gpu-step bench-gpu-fit clean
 
 demo: $(STAMP)
 	$(BIN)/lite-orpo train examples/demo.yaml
@@ -18,6 +18,10 @@ lint: $(STAMP)
 
 types: $(STAMP)
 	$(BIN)/mypy
+
+# Executes the notebooks and keeps what they show.
+notebooks: $(STAMP)
+	$(BIN)/python examples/notebooks/execute.py
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/step_memory.py

@@ -24,6 +24,7 @@ from .losses.objective import Objective
 from .metrics import empty_parts, loss_parts, named_metrics
 from .model.head import attach_scored_head
 from .model.host_memory import offloaded_activations
+from .notebook_table import shorten_table
 from .out_of_memory import RowRoom
 from .ranks import fetch_pairs, plan_rows
 from .row_budget import planner_of
@@ -130,6 +131,7 @@ class ORPOTrainer(EvaluatingTrainer):
         )
         check_parallelism(self)
         direct_tensorboard(self)
+        shorten_table(self)
         self.equal_rows: bool = self.is_fsdp_enabled
         """Whether all ranks pass as many rows: of a sharded model, they wait for each other."""
         self.head.verify()

@@ -318,6 +318,9 @@ def run() -> None:
     # Read when torch is loaded. Its threads otherwise spin while they wait for each other, and on
     # a machine that does anything beside the training that made a run several times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # A notebook's `!lite-orpo ...` gives programs a terminal, but cannot show what moves on it.
+    if "inline" in os.environ.get("MPLBACKEND", ""):
+        os.environ.setdefault("TTY_COMPATIBLE", "0")
     try:
         app()
     except UserError as error:

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -96,7 +97,10 @@ def wrap_with_adapter(model: Any, peft_config: Any, name: str = "default") -> An
         if wanted.split(".")[-1] not in names:
             raise ModelError(f"modules_to_save: {type(model).__name__} has no module {wanted!r}")
     try:
-        return get_peft_model(model, peft_config, adapter_name=name)
+        with warnings.catch_warnings():
+            # PEFT asks transformers by a name that has changed; nothing a user can mend.
+            warnings.filterwarnings("ignore", ".*is deprecated and will be removed", FutureWarning)
+            return get_peft_model(model, peft_config, adapter_name=name)
     except (ValueError, TypeError, RuntimeError) as error:
         first_line = (str(error) or type(error).__name__).splitlines()[0]
         quantised = " with quantised weights" if getattr(model, "is_quantized", False) else ""

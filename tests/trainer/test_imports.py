@@ -29,6 +29,7 @@ RANK = {
     "lite_orpo.interruption": 0,
     "lite_orpo.random_state": 0,
     "lite_orpo.length_order": 0,
+    "lite_orpo.notebook_table": 0,
     "lite_orpo.checkpoint": 1,
     "lite_orpo.writing": 1,
     "lite_orpo.fingerprint": 4,
