@@ -56,9 +56,8 @@ def draw_comparison(path: Path, results: Sequence[Result], title: str) -> None:
             value = getattr(result.cost, name) if result.cost is not None else None
             if value is not None:
                 axis.barh(place, value, color=color, height=0.6)
-                axis.annotate(
-                    f" {value:,.0f}", (value, place), va="center", fontsize=8, clip_on=False
-                )
+                text = f" {value:,.{int(value < 9.95)}f}"
+                axis.annotate(text, (value, place), va="center", fontsize=8, clip_on=False)
         _finish(axis, names, heading, None, is_first=name == "seconds")
         axis.margins(x=0.2)
     _draw_curves(axes[1][3], shown, colors)
@@ -104,6 +103,7 @@ def _draw_curves(axis: Any, shown: Sequence[Result], colors: Sequence[str]) -> N
         axis.text(0.5, 0.5, text, ha="center", va="center", fontsize=9, color="#777777")
         return
     axis.set_title("Held-out log odds by optimiser step", fontsize=10)
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.grid(alpha=0.25)
     axis.tick_params(labelsize=8)
 

@@ -51,8 +51,19 @@ def print_comparison(console: Console, results: Sequence[Result], pairs: int) ->
         figures = [_cell(result.estimate(key), digits) for key, _, digits in shown]
         table.add_row(name, *figures, *_costs(result))
     console.print(table)
+    console.print(Padding(_of_costs(results), (0, 0, 0, 2)), style="dim", highlight=False)
     for sentence in read_comparison(results):
         console.print(Padding(sentence, (0, 0, 0, 2)), highlight=False)
+
+
+def _of_costs(results: Sequence[Result]) -> str:
+    text = (
+        "time: of training, with its evaluations and the scoring by a reference; peak: of the "
+        "whole process on a CPU, of the allocator on a GPU; tokens: that passed the model"
+    )
+    if any(result.label.split(" ")[0] == "sft" for result in results):
+        text += " (sft passes no rejected answers)"
+    return text
 
 
 def print_answers(console: Console, prompts: Sequence[str], results: Sequence[Result]) -> None:
@@ -73,10 +84,10 @@ def print_answers(console: Console, prompts: Sequence[str], results: Sequence[Re
 
 
 def minutes(seconds: float) -> str:
-    """A duration as 41 s, 3:05 or 1:02:03."""
+    """A duration as 4.1 s, 41 s, 3:05 or 1:02:03."""
     whole = round(seconds)
     if whole < 60:
-        return f"{seconds:.0f} s"
+        return f"{seconds:.{int(seconds < 9.95)}f} s"
     hours, rest = divmod(whole, 3600)
     text = f"{rest // 60}:{rest % 60:02d}"
     return f"{hours}:{text:0>5}" if hours else text
