@@ -265,6 +265,7 @@ def _look(
 ) -> _Looked:
     args = config.training
     args.disable_tqdm, args.loss_type = True, "orpo"  # no reference is needed to score
+    args.push_to_hub, args.report_to = False, []
     trainer = ORPOTrainer(model=model, args=args, eval_dataset=dataset, processing_class=tokenizer)
     with as_it_is_scored(trainer.model):
         found = trainer.score_pairs()

@@ -176,7 +176,7 @@ def test_old_names_are_told_of_once_not_once_a_run(made, compare):
 def test_a_base_in_four_bits_is_measured_as_the_runs_have_it(compare, tmp_path):
     code, printed, error = compare(
         tmp_path / "out", "--loss-type", "orpo,sft", "load_in_4bit=true", "learning_rate=0",
-        "max_steps=1", "sample_at_evaluations=true",
+        "max_steps=1", "sample_at_evaluations=true", "push_to_hub=true",
     )  # fmt: skip
     assert code == 0, error + printed
     base, *runs = results(tmp_path / "out")["results"]
