@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .data.row_batch import Pair, RowBatch
+from .data.row_tokens import pair_lengths
 from .losses.completions import completion_logps
 from .out_of_memory import RowRoom
 from .step_context import step_context
@@ -70,11 +71,13 @@ def score_pairs(trainer: Any, room: RowRoom, dataset: Any, what: str) -> PairSco
 
         found = sorted(gather_object(found), key=lambda block: block[0])
     sums = torch.cat([block for _, block in found]) if found else torch.zeros(0, 2)
+    # Not a row at a time: that makes lists of all tokens, minutes for some 100,000 pairs.
+    lengths = torch.tensor(list(pair_lengths(dataset)), dtype=torch.int64).reshape(-1, 3)
     return PairScores(
         sums[:, 0],
         sums[:, 1],
-        _lengths(dataset, "chosen_input_ids"),
-        _lengths(dataset, "rejected_input_ids"),
+        lengths[:, 1],
+        lengths[:, 2],
         torch.tensor(list(dataset["row"]) if hasattr(dataset, "column_names") else
                      [row["row"] for row in dataset], dtype=torch.int64),
     )  # fmt: skip
@@ -99,7 +102,3 @@ def _score_block(trainer: Any, room: RowRoom, pairs: Sequence[Pair]) -> Tensor:
         return sums
 
     return room.make(plan(), score, plan)[0]
-
-
-def _lengths(dataset: Any, column: str) -> Tensor:
-    return torch.tensor([len(dataset[i][column]) for i in range(len(dataset))], dtype=torch.int64)

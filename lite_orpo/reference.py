@@ -3,7 +3,8 @@
 With an adapter the reference is the model with the adapter switched off; without one, the weights
 that the training begins with. Each pair passes it once; what comes out goes into the data set as
 two columns and into a file, which a resumed run, or another run with the same model and pairs,
-reads. No second model is loaded.
+reads. No second model is loaded. An adapter that begins with something learnt before is switched
+off as a whole: the reference is the base, and the log says so.
 """
 
 import contextlib
@@ -27,6 +28,9 @@ from .pair_scores import score_pairs
 
 logger = logging.getLogger(__name__)
 
+# PEFT takes out of the base weights what it puts into the adapter.
+_MOVES_BASE_WEIGHTS = ("pissa", "olora", "corda", "lora_ga")
+
 
 class Reference:
     """Gives data sets the reference's log-probabilities.
@@ -44,8 +48,29 @@ class Reference:
         """What scoring took; of figures that were kept, when they were computed."""
 
     def begin_training(self, trainer: Any) -> None:
-        """From here on, weights that train in full are no longer the reference's."""
+        """From here on, weights that train in full are no longer the reference's.
+
+        Says it where an adapter changes the model before its first step.
+        """
         self._is_gone = not _has_adapter(trainer)
+        if not self._is_gone and trainer.objective.kind.uses_reference:
+            self._tell_of_earlier_training(trainer)
+
+    def _tell_of_earlier_training(self, trainer: Any) -> None:
+        pairs = trainer.train_dataset
+        if pairs is None or not len(pairs):
+            return
+        first = pairs.select([0]) if hasattr(pairs, "select") else pairs[:1]
+        by_reference = float(first[0][REFERENCE_COLUMNS[0]])
+        now = float(score_pairs(trainer, self._room, first, "Scoring").chosen[0])
+        # A fresh adapter adds zeros; half precision rounds other rows otherwise.
+        if abs(now - by_reference) > 0.05 + 0.005 * abs(by_reference):
+            logger.warning(
+                "the adapter changes the model before the first step: the reference of %s is the "
+                "base with the adapter off; to compare with what was trained before, merge it into "
+                "the base and train a new adapter",
+                trainer.args.loss_type,
+            )
 
     def on(self, trainer: Any, dataset: Any) -> Any:
         """The data set with the reference's columns; as it is, where the loss needs none.
@@ -55,7 +80,8 @@ class Reference:
             dataset: from `prepare_pairs`, or a mapping of names to such, or None.
 
         Raises:
-            ConfigError: the reference is gone, for it is what has been trained.
+            ConfigError: the reference is gone, for it is what has been trained, or was never
+                there, for the adapter holds a part of the base weights.
         """
         if dataset is None or not trainer.objective.kind.uses_reference:
             return dataset
@@ -73,14 +99,15 @@ class Reference:
                 f"loss_type {trainer.args.loss_type} compares with the model before its "
                 "training, which is gone; give these pairs to the trainer as eval_dataset"
             )
+        _refuse_moved_weights(trainer)
         chosen, rejected = self._logps(trainer, dataset)
-        columns = dict(zip(REFERENCE_COLUMNS, (chosen.tolist(), rejected.tolist()), strict=True))
+        columns = dict(zip(REFERENCE_COLUMNS, (chosen, rejected), strict=True))
         if hasattr(dataset, "add_column"):
             for name, values in columns.items():
-                dataset = dataset.add_column(name, values)
+                dataset = dataset.add_column(name, values.numpy())
             return dataset
         return [
-            {**row, **{name: values[i] for name, values in columns.items()}}
+            {**row, **{name: float(values[i]) for name, values in columns.items()}}
             for i, row in enumerate(dataset)
         ]
 
@@ -104,6 +131,17 @@ class Reference:
 
 def _has_adapter(trainer: Any) -> bool:
     return hasattr(trainer.model, "disable_adapter")
+
+
+def _refuse_moved_weights(trainer: Any) -> None:
+    for config in getattr(trainer.model, "peft_config", {}).values():
+        init = str(getattr(config, "init_lora_weights", "")).lower()
+        if init.startswith(_MOVES_BASE_WEIGHTS):
+            raise ConfigError(
+                f"loss_type {trainer.args.loss_type} compares with the model with its adapter "
+                f"switched off, but init_lora_weights={init!r} moves a part of the base weights "
+                "into the adapter; use another initialisation"
+            )
 
 
 def _path(trainer: Any, dataset: Any) -> Path:

@@ -39,7 +39,7 @@ def planner_of(trainer: Any) -> tuple[RowPlanner, str]:
     args = trainer.args
     planner = RowPlanner(
         pad_token_id(trainer.processing_class), args.nll_tokens, DEFAULT_TOKENS,
-        trainer.sharing.is_on,
+        trainer.sharing.is_on, chosen_only=not trainer.objective.kind.uses_rejected,
     )  # fmt: skip
     if args.max_tokens_per_row != "auto":
         return planner._replace(max_tokens_per_row=args.max_tokens_per_row), ""

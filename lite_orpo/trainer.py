@@ -138,7 +138,6 @@ class ORPOTrainer(EvaluatingTrainer):
         self.sharing, self.rows_description = choose_rows(self)
         self.planner, chosen_budget = planner_of(self)
         self.rows_description += chosen_budget
-        self.planner = self.planner._replace(chosen_only=not self.objective.kind.uses_rejected)
         self._offloading = offloaded_activations(self.model, args)
         if hasattr(self.model, "add_model_tags"):
             self.model.add_model_tags(["lite-orpo", args.loss_type])

@@ -6,6 +6,9 @@ the same way for all, whatever loss they were trained by.
 
 import gc
 import shlex
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..comparison.outcome import Result
-from ..comparison.runs import Cost, Run, RunOutcome, cost_of, make
+from ..comparison.runs import Cost, Run, RunOutcome, cost_of, digest_of_files, make
 from ..comparison.variants import Variant, variants_of
 from ..config.run_config import RunConfig, load_run_config
 from ..config.yaml_file import Setting, read_settings
@@ -22,6 +25,7 @@ from ..data.sources import RowSource
 from ..errors import ConfigError, ModelError
 from ..evaluation.figures import evaluate_scores
 from ..evaluation.scores import Scores
+from ..model.adapter import adapter_switched_off, lora_config, wrap_with_adapter
 from ..model.load import load_model, load_tokenizer
 from ..report.compare_json import write_comparison_json
 from ..report.compare_picture import draw_comparison
@@ -69,22 +73,27 @@ def run_comparison(
     quiet_libraries(console)
     settings = read_settings(path)
     variants, same = variants_of(settings, overrides)
-    configs = [load_run_config(path, _settings(variant, same)) for variant in variants]
-    config = configs[0]
+    _refuse_resuming(settings | same)
+    config, *_ = [
+        load_run_config(path, _settings(variant, same), tells_of_old_names=variant is variants[0])
+        for variant in variants
+    ]
     held_out = _held_out(config)
     folder = output or Path(f"{config.training.output_dir}-compare")
-    runs = [_run(path, folder, variant, same) for variant in variants]
+    data = digest_of_files((config.data.dataset_name, config.data.eval_dataset_name))
+    runs = [_run(path, folder, variant, same)._replace(data=data) for variant in variants]
     is_finished = [run.is_finished() for run in runs]
     _print_start(console, variants, is_finished, folder)
     outcomes = []
     for variant, run, done in zip(variants, runs, is_finished, strict=True):
         outcome = RunOutcome() if done else _make(console, variant, run)
         if outcome.was_stopped:
-            console.print("Stopped. Go on with the same command:")
-            console.print("    " + shlex.join(["lite-orpo", "compare", *words]), soft_wrap=True)
-            return 130
+            return _stopped(console, words)
         outcomes.append(outcome)
-    results, samples = _results(path, config, held_out, variants, runs, outcomes, folder)
+    try:
+        results, samples = _results(path, config, held_out, variants, runs, outcomes, folder)
+    except KeyboardInterrupt:
+        return _stopped(console, words)
     scores = results[0].scores
     assert scores is not None
     pairs = len(scores.chosen)
@@ -107,6 +116,21 @@ def run_comparison(
         soft_wrap=True,
     )
     return int(any(outcome.problem is not None for outcome in outcomes))
+
+
+def _stopped(console: Console, words: list[str]) -> int:
+    console.print("Stopped. Go on with the same command:")
+    console.print("    " + shlex.join(["lite-orpo", "compare", *words]), soft_wrap=True)
+    return 130
+
+
+def _refuse_resuming(settings: dict[str, Setting]) -> None:
+    setting = settings.get("resume_from_checkpoint")
+    if setting is not None and setting.value not in (None, False):
+        raise ConfigError(
+            f"{setting.where}: resume_from_checkpoint is for one run; a comparison that was "
+            "stopped goes on by itself, with the same command"
+        )
 
 
 def _settings(variant: Variant, same: dict[str, Setting]) -> dict[str, Setting]:
@@ -132,6 +156,9 @@ def _run(path: Path, folder: Path, variant: Variant, same: dict[str, Setting]) -
         # Measured here, in the same way for all.
         "eval_before_training": False,
         "sample_prompts": 0,
+        "sample_at_evaluations": False,
+        # Several runs would overwrite each other there.
+        "push_to_hub": False,
     }
     given = {key: setting.value for key, setting in same.items() if key not in fixed}
     return Run(Path(fixed["output_dir"]), path, given | variant.overrides | fixed)
@@ -208,8 +235,17 @@ def _result(
 
 def _look_at_base(config: RunConfig, held_out: RowSource) -> _Looked:
     tokenizer = load_tokenizer(config.model)
-    model = load_model(config.model, config.training.device, trains_all_weights=True)
-    return _look(config, model, tokenizer, held_out, held_out)
+    uses_peft = config.lora.use_peft
+    # As the runs have it, in 4 bits too: under an adapter, which is switched off.
+    model = load_model(config.model, config.training.device, trains_all_weights=not uses_peft)
+    switched_off: Callable[[Any], AbstractContextManager[None]] = nullcontext
+    if uses_peft:
+        least = replace(
+            config.lora, lora_r=1, lora_alpha=1, lora_dropout=0.0, lora_modules_to_save=None,
+            use_rslora=False, use_dora=False,
+        )  # fmt: skip
+        model, switched_off = wrap_with_adapter(model, lora_config(least)), adapter_switched_off
+    return _look(config, model, tokenizer, held_out, held_out, as_it_is_scored=switched_off)
 
 
 def _look_at_run(config: RunConfig, run: Run, base: _Looked) -> _Looked:
@@ -225,11 +261,14 @@ def _look(
     dataset: Any,
     source: RowSource | None,
     samples: list[Sample] | None = None,
+    as_it_is_scored: Callable[[Any], AbstractContextManager[None]] = nullcontext,
 ) -> _Looked:
     args = config.training
     args.disable_tqdm, args.loss_type = True, "orpo"  # no reference is needed to score
+    args.push_to_hub, args.report_to = False, []
     trainer = ORPOTrainer(model=model, args=args, eval_dataset=dataset, processing_class=tokenizer)
-    found = trainer.score_pairs()
+    with as_it_is_scored(trainer.model):
+        found = trainer.score_pairs()
     try:
         scores = Scores.of(found)
     except ValueError as error:
@@ -238,7 +277,8 @@ def _look(
     if samples is None:
         assert source is not None
         samples = pick_samples(prepared, source, config.report.sample_prompts)
-    answers = answer(trainer.model, tokenizer, samples, config.report.sample_max_new_tokens)
+    with as_it_is_scored(trainer.model):
+        answers = answer(trainer.model, tokenizer, samples, config.report.sample_max_new_tokens)
     # One model at a time.
     del trainer, model
     gc.collect()

@@ -53,7 +53,16 @@ def run_evaluation(name: str, overrides: dict[str, Setting], options: EvalOption
             "column_mapping": Setting(parse_value(options.column_mapping), "command line")
         }
     target = resolve_target(name, options.base, overrides)
-    source = _held_out(target, options)
+    try:
+        source = _held_out(target, options)
+    except DataError as error:
+        if options.data is not None or "no such file" not in str(error):
+            raise
+        # Written down as it was given, or without the path of the machine.
+        raise DataError(
+            f"{error} ({target.name}'s configuration names it, as seen from the folder where the "
+            "training was started; --data names a file here)"
+        ) from None
     output = _output_folder(target, options.output)
     target.config.training.output_dir = str(output)
     target = _with_base(console, target, options)

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..config.loss_types import LOSS_TYPES
 from ..config.run_config import RunConfig, load_run_config
 from ..config.yaml_file import Setting, read_settings
 from ..data.largest_row import largest_row, longest_pair
@@ -163,7 +164,8 @@ class _Plans:
     def _planner(self, config: RunConfig, twin: MetaTwin) -> RowPlanner:
         shares = expects_packed_rows(twin.model, config.training, self._max_length)
         most = most_tokens(self.device.type)
-        return RowPlanner(0, str(config.training.nll_tokens), most, shares)
+        rejected = LOSS_TYPES[config.training.loss_type].uses_rejected
+        return RowPlanner(0, str(config.training.nll_tokens), most, shares, not rejected)
 
 
 def _positions(row: RowBatch) -> int:

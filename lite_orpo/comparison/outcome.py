@@ -63,9 +63,10 @@ def _ranking(runs: Sequence[Result]) -> str:
     )
     if not odds.excludes_zero:
         return f"{sentence}, nor by log odds."
-    ahead = best if odds.value > 0 else second
+    ahead, by = best if odds.value > 0 else second, abs(odds.value)
+    digits = 2 if by > 0.1 else 3
     return (
-        f"{sentence}; {ahead.label} separates them further (log odds {abs(odds.value):.2f} more), "
+        f"{sentence}; {ahead.label} separates them further (log odds {by:.{digits}f} more), "
         "but losses aim at different margins."
     )
 

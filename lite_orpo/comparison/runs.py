@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,11 +49,14 @@ class Run(NamedTuple):
     config: Path
     settings: dict[str, Any]
     """All overrides, also those that are the same in other runs."""
+    data: str = ""
+    """What the pairs are, in short (`digest_of_files`)."""
 
     def digest(self) -> str:
-        """Of the configuration file and the overrides: two alike are the same run."""
+        """Of configuration, overrides and data: two alike are the same run."""
         settings = {key: value for key, value in self.settings.items() if key != "output_dir"}
-        parts = (self.config.read_bytes(), json.dumps(settings, sort_keys=True).encode())
+        written = json.dumps(settings, sort_keys=True).encode()
+        parts = (self.config.read_bytes(), written, self.data.encode())
         return hashlib.sha256(b"\0".join(parts)).hexdigest()
 
     @property
@@ -77,7 +80,8 @@ class Run(NamedTuple):
             return False
         if state.get("digest") != self.digest():
             raise ConfigError(
-                f"{self.folder} holds a run with other settings; give --output another folder"
+                f"{self.folder} holds a run with other settings or other pairs; give --output "
+                "another folder"
             )
         return bool(state.get("finished"))
 
@@ -105,17 +109,35 @@ class Run(NamedTuple):
         return [*command, "overwrite_output_dir=true"]
 
 
+def digest_of_files(names: Iterable[str | None]) -> str:
+    """Of the contents of those that are files here; of hub names and folders nothing is read."""
+    digest = hashlib.sha256()
+    for name in names:
+        path = Path(name or "").expanduser()
+        if path.is_file():
+            with contextlib.suppress(OSError), path.open("rb") as stream:
+                while block := stream.read(2**20):
+                    digest.update(block)
+        digest.update(b"\0")
+    return digest.hexdigest()
+
+
 _PEAK, _SPEED = "lite_orpo/peak_memory_mib", "lite_orpo/tokens_per_second"
 _REFERENCE = "lite_orpo/reference_seconds"
 
 
 def cost_of(lines: list[dict[str, Any]]) -> Cost:
-    """What a run took, from its log lines."""
-    empty: dict[str, Any] = {}
-    last = next((line for line in reversed(lines) if "train_runtime" in line), empty)
+    """What a run took, from its log lines.
+
+    Of a run that was stopped and gone on with, the time of all its parts; one that was killed has
+    left no figure of the part that it lost.
+    """
+    parts = [line for line in lines if "train_runtime" in line]
     peaks = [line[_PEAK] for line in lines if _PEAK in line]
     speeds = [line[_SPEED] for line in lines if _SPEED in line]
-    seconds = float(last.get("train_runtime", 0.0)) + float(last.get(_REFERENCE, 0.0))
+    # The reference is kept: each part tells the same time again.
+    reference = max((float(line.get(_REFERENCE, 0.0)) for line in parts), default=0.0)
+    seconds = sum(float(line["train_runtime"]) for line in parts) + reference
     return Cost(seconds, max(peaks, default=None), sum(speeds) / len(speeds) if speeds else None)
 
 

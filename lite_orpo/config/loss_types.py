@@ -33,5 +33,5 @@ LOSS_TYPES = {
     "cpo": LossType(0.1, True, False, False, own_settings=("cpo_alpha",)),
     "sft": LossType(0.0, True, True, False, uses_rejected=False),
 }  # fmt: skip
-DEFAULT_SIMPO_GAMMA = 1.0  # half of beta, as in most of the paper's runs
+DEFAULT_SIMPO_GAMMA = 1.0  # half of beta, as with the paper's Llama 3 base
 DEFAULT_CPO_ALPHA = 1.0

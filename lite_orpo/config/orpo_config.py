@@ -186,6 +186,8 @@ class ORPOConfig(TrainingArguments):
             )
         if self.loss_type not in LOSS_TYPES:
             nearest = get_close_matches(str(self.loss_type), LOSS_TYPES, n=1)
+            if self.loss_type == "sigmoid":  # TRL's name for it
+                nearest = ["dpo"]
             hint = f"; did you mean {nearest[0]}?" if nearest else ""
             raise ConfigError(
                 f"loss_type must be one of {', '.join(LOSS_TYPES)}, found {self.loss_type!r}{hint}"

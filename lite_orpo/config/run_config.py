@@ -69,12 +69,15 @@ def _inherited_names() -> set[str]:
     return {f.name for f in dataclasses.fields(TrainingArguments)}
 
 
-def load_run_config(path: Path, overrides: dict[str, Setting]) -> RunConfig:
+def load_run_config(
+    path: Path, overrides: dict[str, Setting], *, tells_of_old_names: bool = True
+) -> RunConfig:
     """Read a configuration and apply overrides.
 
     Args:
         path: the YAML file.
         overrides: settings that replace the file's, each with where it was given.
+        tells_of_old_names: warn of names that were translated; once a command is enough.
 
     Returns:
         The checked configuration.
@@ -85,7 +88,7 @@ def load_run_config(path: Path, overrides: dict[str, Setting]) -> RunConfig:
     """
     written, notes = translate_settings(read_settings(path))
     over, notes_over = translate_settings(overrides)
-    if notes + notes_over:
+    if tells_of_old_names and notes + notes_over:
         logger.warning("%s: %s", path, as_one_line(notes + notes_over))
     return run_config_of({**written, **over}, path)
 

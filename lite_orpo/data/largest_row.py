@@ -4,7 +4,7 @@ The order of an epoch is not known beforehand, so it is not asked which rows the
 which there may be: any pairs of the data set can meet in a step.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from .row_batch import PlannedPair, RowBatch
@@ -30,7 +30,7 @@ def largest_row(planner: RowPlanner, dataset: Any, pairs_per_step: int) -> RowBa
         A row batch of that shape; all its token ids are 0. Packed rows may come to a few tokens
         more in an order that fills them better.
     """
-    lengths = sorted(pair_lengths(dataset), key=sum, reverse=True)
+    lengths = sorted(_passed(planner, dataset), key=sum, reverse=True)
     if planner.shares_prefixes:
         candidates = (
             _filled(lengths[first:], planner.max_tokens_per_row, pairs_per_step)
@@ -38,13 +38,19 @@ def largest_row(planner: RowPlanner, dataset: Any, pairs_per_step: int) -> RowBa
         )
         chosen = max(candidates, key=lambda row: sum(map(sum, row)))
     else:
-        chosen = _most_padded(lengths, planner.max_tokens_per_row, pairs_per_step)
+        budget = planner.max_tokens_per_row // (1 if planner.chosen_only else 2)
+        chosen = _most_padded(lengths, budget, pairs_per_step)
     return planner.row_batch([_pair_of(pair) for pair in chosen])
 
 
 def longest_pair(planner: RowPlanner, dataset: Any) -> int:
     """Positions of the longest pair's own row: no row budget below it makes rows shorter."""
-    return max(planner.positions([_pair_of(pair)]) for pair in pair_lengths(dataset))
+    return max(planner.positions([_pair_of(pair)]) for pair in _passed(planner, dataset))
+
+
+def _passed(planner: RowPlanner, dataset: Any) -> Iterator[Lengths]:
+    for prompt, chosen, rejected in pair_lengths(dataset):
+        yield prompt, chosen, 0 if planner.chosen_only else rejected
 
 
 def _filled(lengths: Sequence[Lengths], budget: int, most: int) -> list[Lengths]:
@@ -59,11 +65,14 @@ def _filled(lengths: Sequence[Lengths], budget: int, most: int) -> list[Lengths]
 
 
 def _most_padded(lengths: Sequence[Lengths], budget: int, most: int) -> list[Lengths]:
-    """Pairs of a padded row: all are padded to the first, which has the longest sequence."""
+    """Pairs of a padded row: all are padded to the first, which has the longest sequence.
+
+    `budget` is of one sequence a pair.
+    """
     by_longest = sorted(lengths, key=_longest, reverse=True)
 
     def count(first: int) -> int:
-        fitting = budget // (2 * _longest(by_longest[first]))
+        fitting = budget // _longest(by_longest[first])
         return max(min(fitting, most, len(by_longest) - first), 1)
 
     first = max(range(len(by_longest)), key=lambda i: count(i) * _longest(by_longest[i]))

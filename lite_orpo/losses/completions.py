@@ -3,10 +3,13 @@
 Legend: M scored tokens, P pairs.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+_ELEMENTS_AT_ONCE = 16 * 2**20  # of a block of [completions, M] on a GPU: 64 MiB
 
 
 class CompletionLogps(NamedTuple):
@@ -43,7 +46,7 @@ def completion_logps(logps: Tensor, completion_ids: Tensor, pair_count: int) -> 
         pair_count: P.
 
     Returns:
-        Sums and lengths, differentiable in `logps`.
+        Sums and lengths, differentiable once in `logps`.
 
     Raises:
         ValueError: the shapes do not fit.
@@ -54,9 +57,45 @@ def completion_logps(logps: Tensor, completion_ids: Tensor, pair_count: int) -> 
             f"{tuple(completion_ids.shape)}"
         )
     logps = logps if logps.dtype == torch.float64 else logps.float()
-    completions = torch.arange(2 * pair_count, device=logps.device)
-    # A sum along rows has the same bits each time; index_add on a GPU has not.
-    is_own = completion_ids.unsqueeze(0) == completions.unsqueeze(1)  # [2P, M]
-    sums = torch.where(is_own, logps.unsqueeze(0), logps.new_zeros(())).sum(1)
-    tokens = is_own.sum(1).to(logps.dtype)
+    sums = _CompletionSums.apply(logps, completion_ids, 2 * pair_count)
+    # The tokens of no completion fall into a slot of their own.
+    slot = torch.where(completion_ids < 0, 2 * pair_count, completion_ids)
+    counts = torch.zeros(2 * pair_count + 1, dtype=torch.int64, device=logps.device)
+    tokens = counts.index_add_(0, slot, torch.ones_like(slot))[:-1].to(logps.dtype)
     return CompletionLogps(sums[0::2], sums[1::2], tokens[0::2], tokens[1::2])
+
+
+class _CompletionSums(torch.autograd.Function):
+    """Sums over tokens with the same bits for the same call, in memory bounded beside M."""
+
+    @staticmethod
+    def forward(ctx: Any, logps: Tensor, completion_ids: Tensor, completions: int) -> Tensor:
+        ctx.save_for_backward(completion_ids)
+        ctx.completions = completions
+        # index_add on a GPU adds in any order; a sum along rows does not.
+        sums = _sums_in_order if logps.device.type == "cpu" else _sums_in_blocks
+        return sums(logps, completion_ids, completions)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradients: Tensor) -> tuple[Tensor, None, None]:
+        (completion_ids,) = ctx.saved_tensors
+        slot = torch.where(completion_ids < 0, ctx.completions, completion_ids)
+        return torch.cat([gradients, gradients.new_zeros(1)])[slot], None, None
+
+
+def _sums_in_order(logps: Tensor, completion_ids: Tensor, completions: int) -> Tensor:
+    # fp64 on the way, so that long completions keep their digits.
+    slot = torch.where(completion_ids < 0, completions, completion_ids)
+    sums = torch.zeros(completions + 1, dtype=torch.float64)
+    return sums.index_add_(0, slot, logps.double())[:completions].to(logps.dtype)
+
+
+def _sums_in_blocks(logps: Tensor, completion_ids: Tensor, completions: int) -> Tensor:
+    zero = logps.new_zeros(())
+    at_once = max(_ELEMENTS_AT_ONCE // max(logps.numel(), 1), 1)
+    blocks = [
+        torch.where(completion_ids == own.unsqueeze(1), logps, zero).sum(1)
+        for own in torch.arange(completions, device=logps.device).split(at_once)
+    ]
+    return torch.cat(blocks)

@@ -71,8 +71,7 @@ def simpo_loss(
         chosen: [P] mean log-probability over the tokens of each chosen completion.
         rejected: [P] the same of the rejected ones.
         beta: scale of the reward; the paper takes 2 to 2.5.
-        gamma: the margin that is aimed at; the paper takes 0.3 to 0.8 of beta. TRL's
-            `simpo_gamma`.
+        gamma: the margin that is aimed at; the paper takes 0.3 to 1.6. TRL's `simpo_gamma`.
 
     Returns:
         [P].
@@ -81,7 +80,7 @@ def simpo_loss(
 
 
 def cpo_loss(chosen: Tensor, rejected: Tensor, *, beta: float = 0.1) -> Tensor:
-    """The preference term of contrastive preference optimisation, arXiv 2401.08417, equation 3.
+    """The preference term of contrastive preference optimisation, L_prefer of arXiv 2401.08417.
 
     -log sigmoid(beta * (log pi(y_w) - log pi(y_l))). The paper adds the NLL of the chosen
     completions (`sft_loss`).

@@ -1,5 +1,6 @@
 """compare.png: what came out and what it took, a panel each, a colour a run."""
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,8 @@ def draw_comparison(path: Path, results: Sequence[Result], title: str) -> None:
     shown = [result for result in results if result.evaluation is not None]
     colors = [_BASE, *(_COLORS[i % len(_COLORS)] for i in range(len(shown)))]
     names = [_name(result.label) for result in shown]
-    height = max(6.0, 3.0 + 0.5 * len(shown))
+    lines = sum(name.count("\n") + 1 for name in names)
+    height = max(6.0, 3.0 + 0.5 * len(shown), 3.0 + 0.36 * lines)
     figure, axes = pyplot.subplots(2, 4, figsize=(17, height), constrained_layout=True)
     for axis, (key, heading, reference) in zip(axes[0], _PANELS, strict=True):
         for place, (result, color) in enumerate(zip(shown, colors, strict=False)):
@@ -56,9 +58,8 @@ def draw_comparison(path: Path, results: Sequence[Result], title: str) -> None:
             value = getattr(result.cost, name) if result.cost is not None else None
             if value is not None:
                 axis.barh(place, value, color=color, height=0.6)
-                axis.annotate(
-                    f" {value:,.0f}", (value, place), va="center", fontsize=8, clip_on=False
-                )
+                text = f" {value:,.{int(value < 9.95)}f}"
+                axis.annotate(text, (value, place), va="center", fontsize=8, clip_on=False)
         _finish(axis, names, heading, None, is_first=name == "seconds")
         axis.margins(x=0.2)
     _draw_curves(axes[1][3], shown, colors)
@@ -104,11 +105,12 @@ def _draw_curves(axis: Any, shown: Sequence[Result], colors: Sequence[str]) -> N
         axis.text(0.5, 0.5, text, ha="center", va="center", fontsize=9, color="#777777")
         return
     axis.set_title("Held-out log odds by optimiser step", fontsize=10)
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.grid(alpha=0.25)
     axis.tick_params(labelsize=8)
 
 
 def _name(label: str) -> str:
-    name = make_visible(label)
-    name = name if len(name) <= _NAME_LENGTH else name[: _NAME_LENGTH - 1] + "…"
-    return name.replace("$", r"\$")
+    # Whole: what tells runs apart stands at the end.
+    lines = textwrap.wrap(make_visible(label), _NAME_LENGTH)
+    return "\n".join(lines).replace("$", r"\$")

@@ -21,6 +21,7 @@ _FIGURES = (
     (NLL_CHOSEN, "NLL", 2),
 )
 _WIDE = 100  # columns of a terminal that has room for all of them
+_SHORT = 14  # characters of a name that has room in a narrower one
 
 
 def print_comparison(console: Console, results: Sequence[Result], pairs: int) -> None:
@@ -31,6 +32,7 @@ def print_comparison(console: Console, results: Sequence[Result], pairs: int) ->
         results: the base model first, then the runs.
         pairs: held-out pairs.
     """
+    names = _names(console, results)
     table = Table(
         title=f"{pairs:,} held-out pairs; below each figure its 95 % interval",
         title_justify="left",
@@ -44,15 +46,37 @@ def print_comparison(console: Console, results: Sequence[Result], pairs: int) ->
         table.add_column(heading, justify="right", no_wrap=True)
     for heading in ("time", "peak\nMiB", "tokens\n/s"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for result in results:
-        name = Text(make_visible(result.label))
-        if result.problem is not None:
-            name.append(f"\n{make_visible(result.problem)}", style="red")
+    for name, result in zip(names, results, strict=True):
         figures = [_cell(result.estimate(key), digits) for key, _, digits in shown]
-        table.add_row(name, *figures, *_costs(result))
+        table.add_row(Text(name), *figures, *_costs(result))
     console.print(table)
+    for result in results:
+        if result.problem is not None:
+            text = make_visible(f"{result.label}: {result.problem}")
+            console.print(Padding(Text(text, style="red"), (0, 0, 0, 2)))
+    console.print(Padding(_of_costs(results), (0, 0, 0, 2)), style="dim", highlight=False)
     for sentence in read_comparison(results):
         console.print(Padding(sentence, (0, 0, 0, 2)), highlight=False)
+
+
+def _names(console: Console, results: Sequence[Result]) -> list[str]:
+    """What each line is called; where that has no room beside the figures, numbers and a key."""
+    labels = [make_visible(result.label) for result in results]
+    if console.width >= _WIDE or max(map(len, labels)) <= _SHORT:
+        return labels
+    for number, label in enumerate(labels[1:], 1):
+        console.print(Text(f"{number:>4}  {label}"))
+    return [labels[0], *(f"{i} {label.split(' ')[0]}" for i, label in enumerate(labels[1:], 1))]
+
+
+def _of_costs(results: Sequence[Result]) -> str:
+    text = (
+        "time: of training, with its evaluations and the scoring by a reference; peak: of the "
+        "whole process on a CPU, of the allocator on a GPU; tokens: that passed the model"
+    )
+    if any(result.label.split(" ")[0] == "sft" for result in results):
+        text += " (sft passes no rejected answers)"
+    return text
 
 
 def print_answers(console: Console, prompts: Sequence[str], results: Sequence[Result]) -> None:
@@ -73,10 +97,10 @@ def print_answers(console: Console, prompts: Sequence[str], results: Sequence[Re
 
 
 def minutes(seconds: float) -> str:
-    """A duration as 41 s, 3:05 or 1:02:03."""
+    """A duration as 4.1 s, 41 s, 3:05 or 1:02:03."""
     whole = round(seconds)
     if whole < 60:
-        return f"{seconds:.0f} s"
+        return f"{seconds:.{int(seconds < 9.95)}f} s"
     hours, rest = divmod(whole, 3600)
     text = f"{rest // 60}:{rest % 60:02d}"
     return f"{hours}:{text:0>5}" if hours else text

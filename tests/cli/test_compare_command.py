@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 
 from lite_orpo.checkpoint.manifest import why_incomplete
 from lite_orpo.cli.main import run
+from lite_orpo.comparison.runs import Run, cost_of, digest_of_files
+from lite_orpo.errors import ConfigError
 from lite_orpo.report.metrics_file import read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -143,8 +145,64 @@ def test_a_folder_of_other_runs_is_refused_in_one_line(made, compare):
     folder, _ = made
     code, _, error = compare(folder, "--loss-type", "orpo,dpo", "max_steps=7")
     assert code == 2
-    assert "holds a run with other settings; give --output another folder" in error
+    assert "holds a run with other settings or other pairs; give --output another folder" in error
     assert len(error.strip().splitlines()) == 1
+
+
+def test_a_run_of_other_pairs_in_the_same_file_is_not_taken_for_this_one(tmp_path):
+    pairs = tmp_path / "train.jsonl"
+    pairs.write_text("first")
+
+    def run_of_today():
+        found = digest_of_files((str(pairs), None, "somebody/pairs", str(tmp_path)))
+        return Run(tmp_path / "runs" / "orpo", ROOT / "examples/demo.yaml", {}, found)
+
+    run_of_today().begin()
+    assert not run_of_today().is_finished()
+    run_of_today().finish()
+    assert run_of_today().is_finished()
+    pairs.write_text("other")
+    with pytest.raises(ConfigError, match="other settings or other pairs"):
+        run_of_today().is_finished()
+
+
+def test_old_names_are_told_of_once_not_once_a_run(made, compare):
+    folder, _ = made
+    code, printed, _ = compare(folder, "--loss-type", "orpo,dpo", "use_mps_device=false")
+    assert code == 2  # other settings than those of the runs that are there
+    assert printed.count("names of earlier versions were translated") == 1
+
+
+def test_a_base_in_four_bits_is_measured_as_the_runs_have_it(compare, tmp_path):
+    code, printed, error = compare(
+        tmp_path / "out", "--loss-type", "orpo,sft", "load_in_4bit=true", "learning_rate=0",
+        "max_steps=1", "sample_at_evaluations=true", "push_to_hub=true",
+    )  # fmt: skip
+    assert code == 0, error + printed
+    base, *runs = results(tmp_path / "out")["results"]
+    # Nothing is learnt at a rate of zero: each run is its base, in the same 4 bits.
+    for line in runs:
+        assert line["figures"]["nll_chosen"] == pytest.approx(base["figures"]["nll_chosen"])
+    assert "sft passes no rejected answers" in " ".join(printed.split())
+
+
+def test_ctrl_c_while_the_runs_are_measured_says_how_to_go_on(made, compare, monkeypatch):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lite_orpo.cli.compare._results", stopped)
+    code, printed, _ = compare(made[0], "--loss-type", "orpo,dpo")
+    assert code == 130
+    assert "Go on with the same command:" in printed
+
+
+def test_the_time_of_a_run_is_that_of_all_its_parts():
+    lines = [
+        {"step": 3, "lite_orpo/tokens_per_second": 100.0},
+        {"step": 3, "train_runtime": 4.0, "lite_orpo/reference_seconds": 2.0},
+        {"step": 6, "train_runtime": 3.0, "lite_orpo/reference_seconds": 2.0},
+    ]
+    assert cost_of(lines).seconds == 9.0
 
 
 def test_a_run_without_a_result_is_told_and_costs_no_other_its_place(compare, tmp_path):
@@ -190,6 +248,7 @@ def test_a_signal_stops_with_a_checkpoint_and_the_same_command_goes_on(
         (["--loss-type", "orpo,dpo", "dataset_name=gone.jsonl"], "gone.jsonl"),
         (["--loss-type", "orpo,dpo", "beta=-1"], "beta must be a number and not negative"),
         (["--loss-type", "orpo,dpo", "lora_rank=4"], "unknown key lora_rank"),
+        (["--loss-type", "orpo,sft", "resume_from_checkpoint=true"], "goes on by itself"),
     ],
 )
 def test_mistakes_are_one_line_before_anything_is_trained(words, message, compare, tmp_path):

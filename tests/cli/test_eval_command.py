@@ -157,6 +157,21 @@ def test_a_base_that_is_gone_is_told_with_who_names_it(demo_run, command, tmp_pa
     assert code == 2 and "config.resolved.yaml names it" in error and "--base" in error
 
 
+def test_held_out_pairs_that_are_not_here_are_told_with_who_names_them(demo_run, command, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(demo_run, folder)
+    config = folder / "config.resolved.yaml"
+    config.write_text(config.read_text() + "eval_dataset_name: pairs/held_out.jsonl\n")
+    lines = [line for line in config.read_text().splitlines() if str(demo_run.parent) not in line]
+    config.write_text("\n".join(lines) + "\n")
+    code, _, error = command("eval", folder)
+    assert code == 2 and "pairs/held_out.jsonl: no such file" in error
+    assert "run's configuration names it" in error and "--data" in error
+    assert len(error.splitlines()) == 1
+    code, _, error = command("eval", folder, "--data", "gone.jsonl")
+    assert code == 2 and "configuration names it" not in error
+
+
 def test_a_checkpoint_is_a_target_with_its_runs_configuration(demo_run, command, tmp_path):
     folder = tmp_path / "run" / "checkpoint-3"
     shutil.copytree(demo_run, folder)

@@ -90,7 +90,7 @@ def test_the_best_checkpoints_figures_are_the_best_checkpoints(train):
     [
         ("lora_modules_to_save=[lm_hed]", "has no module 'lm_hed'"),
         ("lora_target_modules=[q_porj]", "the adapter does not fit"),
-        ("report_to=tensorboard", "ensorboard"),
+        ("report_to=tensorbord", "tensorbord is not supported"),
         ("loss_backend=tritn", "loss_backend: backend='tritn' is unknown"),
         ("model_name_or_path=examples/demo_data", "the folder has no config.json"),
         ("resume_from_checkpoint=nowhere", "is no complete checkpoint"),

@@ -23,9 +23,15 @@ def positions(row):
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.lists(LENGTHS, min_size=1, max_size=12), st.integers(1, 5), st.booleans(), st.randoms())
-def test_no_row_of_any_order_is_larger(lengths, pairs_per_step, shares, random):
-    planner = RowPlanner(0, "completion", 150, shares)
+@given(
+    lengths=st.lists(LENGTHS, min_size=1, max_size=12),
+    pairs_per_step=st.integers(1, 5),
+    shares=st.booleans(),
+    chosen_only=st.booleans(),
+    random=st.randoms(),
+)
+def test_no_row_of_any_order_is_larger(lengths, pairs_per_step, shares, chosen_only, random):
+    planner = RowPlanner(0, "completion", 150, shares, chosen_only)
     pairs = pairs_of(lengths)
     found = positions(largest_row(planner, pairs, pairs_per_step))
     for _ in range(10):
@@ -63,3 +69,12 @@ def test_positions_are_those_of_the_row_batch(shares):
     planner = RowPlanner(0, "completion", 1000, shares)
     pairs = [PlannedPair.of(pair) for pair in pairs_of([(9, 4, 3), (2, 1, 12), (30, 5, 6)])]
     assert planner.positions(pairs) == positions(planner.row_batch(pairs))
+
+
+@pytest.mark.parametrize("shares", [True, False])
+def test_a_rejected_answer_that_no_step_passes_takes_no_room(shares):
+    planner = RowPlanner(0, "completion", 30, shares, chosen_only=True)
+    pairs = pairs_of([(9, 4, 60), (9, 4, 60)])
+    assert longest_pair(planner, pairs) == 13
+    assert positions(largest_row(planner, pairs, 1)) == 13
+    assert positions(largest_row(planner, pairs, 2)) == 26

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from lite_orpo.losses import (
     completion_logps,
+    completions,
     cpo_loss,
     dpo_loss,
     ipo_loss,
@@ -121,3 +122,26 @@ def test_sft_is_the_sum_over_the_tokens_that_count():
 def test_log_probabilities_of_another_shape_are_refused(shape):
     with pytest.raises(ValueError, match="must both be"):
         completion_logps(torch.zeros(shape), torch.zeros(3, dtype=torch.int64), 1)
+
+
+def test_a_gpus_way_of_summing_gives_the_same_sums_whatever_the_blocks(monkeypatch):
+    torch.manual_seed(0)
+    ids = torch.randint(-1, 14, (200,))
+    logps = -torch.rand(200)
+    expected = completions._sums_in_order(logps, ids, 14)
+    for at_once in (1, 700, 10**6):
+        monkeypatch.setattr(completions, "_ELEMENTS_AT_ONCE", at_once)
+        # fp32 sums of some ten numbers below 1.
+        assert torch.allclose(completions._sums_in_blocks(logps, ids, 14), expected, atol=2e-6)
+    assert completions._sums_in_blocks(logps, ids, 0).shape == (0,)
+
+
+def test_many_short_pairs_in_a_row_take_no_table_of_pairs_times_tokens():
+    pairs, tokens = 20_000, 200_000
+    ids = torch.arange(tokens) % (2 * pairs)
+    logps = torch.full((tokens,), -1.0, requires_grad=True)
+    # A table of booleans alone would be 8 GB, and half a minute.
+    found = completion_logps(logps, ids, pairs)
+    found.chosen.sum().backward()
+    assert found.chosen.tolist() == [-5.0] * pairs
+    assert logps.grad.sum() == tokens / 2

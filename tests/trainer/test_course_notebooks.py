@@ -1,5 +1,6 @@
 """The course's notebooks run as they are written, with only the import changed; steps are cut."""
 
+import importlib.util
 import inspect
 
 import datasets
@@ -7,8 +8,8 @@ import pytest
 import torch
 from course_data import base_model, hh_rlhf, orpo_dpo_mix, ultrafeedback
 from peft import LoraConfig, PeftModel, get_peft_model
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
-from transformers.integrations import TensorBoardCallback
 from trl.experimental.orpo import ORPOTrainer as TRLTrainer
 
 from lite_orpo import ORPOConfig, ORPOTrainer, setup_chat_format
@@ -249,38 +250,40 @@ def test_several_held_out_sets_are_evaluated_each_under_its_name(model_name):
 
 
 @OLD_NAMES
-def test_tensorboard_writes_into_logging_dir(model_name):
-    class Writer:
-        def __init__(self, log_dir):
-            folders.append(log_dir)
-
-        def add_text(self, *args):
-            pass
-
-        add_scalar = add_text
-
-        def flush(self):
-            pass
-
-        close = flush
-
-    class Callback(TensorBoardCallback):
-        """The real one, where TensorBoard is not installed."""
-
-        def __init__(self):
-            self._SummaryWriter, self.tb_writer, self.logging_dir = Writer, None, None
-
-    folders = []
+def test_tensorboard_finds_our_metrics_in_logging_dir(model_name, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
     model, tokenizer = loaded(model_name)
-    args = ORPOConfig(max_steps=1, logging_dir="~/logs")
+    args = ORPOConfig(
+        max_steps=2, logging_steps=1, logging_dir="~/logs", report_to="tensorboard",
+        eval_strategy="steps", eval_steps=2,
+    )  # fmt: skip
+    sets = hh_rlhf()
     trainer = ORPOTrainer(
-        model,
-        args,
-        train_dataset=hh_rlhf()["train"],
-        tokenizer=tokenizer,
-        callbacks=[Callback()],
+        model, args, train_dataset=sets["train"], eval_dataset=sets["test"], tokenizer=tokenizer
     )
     trainer.train()
-    assert len(folders) == 1
-    assert folders[0].endswith("/logs")
-    assert "~" not in folders[0]
+    (file,) = (tmp_path / "logs").glob("events.out.tfevents.*")
+    assert not list(tmp_path.glob("trainer_output/runs"))
+    events = EventAccumulator(str(file)).Reload()
+    tags = set(events.Tags()["scalars"])
+    names = {"loss", "rewards/margins", "rewards/accuracies", "nll_loss", "log_odds_chosen"}
+    assert {f"{part}/{name}" for part in ("train", "eval") for name in names} <= tags
+    assert "train/lite_orpo/tokens_per_second" in tags
+    logged = [line["rewards/margins"] for line in trainer.state.log_history if "loss" in line]
+    written = [event.value for event in events.Scalars("train/rewards/margins")]
+    assert written == pytest.approx(logged, rel=1e-6)
+
+
+@OLD_NAMES
+def test_a_tracker_that_is_not_installed_is_named(model_name, monkeypatch):
+    find_spec = importlib.util.find_spec
+
+    def without_trackio(name, *rest):
+        return None if name == "trackio" else find_spec(name, *rest)
+
+    monkeypatch.setattr(importlib.util, "find_spec", without_trackio)
+    model, tokenizer = loaded(model_name)
+    args = ORPOConfig(max_steps=1, report_to="trackio")
+    with pytest.raises((ImportError, RuntimeError), match="pip install trackio") as caught:
+        ORPOTrainer(model, args, train_dataset=hh_rlhf()["train"], tokenizer=tokenizer)
+    assert len(str(caught.value).splitlines()) == 1

@@ -94,6 +94,7 @@ def test_sft_does_not_pass_rejected_completions_in_training(sharing, tmp_path):
     ("settings", "message"),
     [
         ({"loss_type": "dpoo"}, "loss_type must be one of orpo, dpo, .*did you mean dpo"),
+        ({"loss_type": "sigmoid"}, "found 'sigmoid'; did you mean dpo"),
         ({"loss_type": "dpo", "orpo_alpha": 0.1}, "orpo_alpha belongs to loss_type orpo"),
         ({"simpo_gamma": 0.5}, "simpo_gamma belongs to loss_type simpo"),
         ({"loss_type": "dpo", "cpo_alpha": 1.0}, "cpo_alpha belongs to loss_type cpo"),

@@ -134,3 +134,12 @@ def test_pairs_beyond_the_models_positions_are_planned_as_they_will_be_trained(c
     code, text = run_plan(config_file, "--vram", "24", "overlong_rows=cut_prompt")
     assert code == 0, text
     assert text.count("is beyond the model's 100 positions: 100 is used") == 1
+
+
+def test_sft_is_planned_without_the_rejected_answers_that_it_does_not_pass(config_file):
+    def tokens(*words):
+        code, text = run_plan(config_file, *words)
+        assert code == 0, text
+        return int(re.search(r"pairs, ([0-9,]+) tokens", text).group(1).replace(",", ""))
+
+    assert tokens("loss_type=sft") < 0.8 * tokens("loss_type=dpo")

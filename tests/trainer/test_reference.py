@@ -2,12 +2,15 @@
 
 import logging
 
+import datasets
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tiny_models import TOKENIZER, plain_rows, tiny_model, trainer_for, with_lora
 
 from lite_orpo.errors import ConfigError
+from lite_orpo.pair_scores import score_pairs
 
 SETTINGS = {
     "loss_type": "dpo",
@@ -86,7 +89,12 @@ def test_each_pair_passes_the_reference_once_for_runs_with_the_same_model_and_pa
     second = trainer_for(
         with_lora(tiny_model(), seed=7), tmp_path / "b", reference_cache=cache, beta=0.4, **SETTINGS
     )
-    monkeypatch.setattr("lite_orpo.reference.score_pairs", None)  # would fail if it were called
+
+    def never_by_the_reference(trainer, room, dataset, what):
+        assert what != "Scoring by the reference"
+        return score_pairs(trainer, room, dataset, what)
+
+    monkeypatch.setattr("lite_orpo.reference.score_pairs", never_by_the_reference)
     with caplog.at_level(logging.INFO):
         second.train()
     assert "are read from reference_logps-" in caplog.text
@@ -105,13 +113,12 @@ def test_other_pairs_or_another_model_are_scored_anew(change, tmp_path):
 def test_a_damaged_file_is_computed_anew_and_said(tmp_path, caplog):
     trainer_for(with_lora(tiny_model()), tmp_path, **SETTINGS).train()
     (path,) = cached(tmp_path)
-    # A copy: safetensors maps the file, which is about to be cut.
     good = {name: values.clone() for name, values in load_file(path).items()}
-    path.write_bytes(path.read_bytes()[:100])
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     trainer_for(with_lora(tiny_model()), tmp_path, **SETTINGS).train()
     assert "cannot be read" in caplog.text
-    anew = load_file(path)
-    assert all(torch.equal(anew[name], good[name]) for name in good)
+    again = load_file(path)  # not byte for byte: the file says how long it took, too
+    assert all(torch.equal(again[name], good[name]) for name in good)
 
 
 @pytest.mark.parametrize("loss_type", ["dpo", "ipo", "sft"])
@@ -152,3 +159,51 @@ def test_rows_without_the_datasets_library_have_their_reference_too(tmp_path):
     (first, *_) = trainer._reference.on(trainer, rows)
     assert first["reference_chosen_logps"] < 0
     assert TOKENIZER.eos_token_id in first["chosen_input_ids"]
+
+
+def test_lengths_are_not_read_a_row_at_a_time(tmp_path, monkeypatch):
+    trainer = trainer_for(with_lora(tiny_model()), tmp_path, plain_rows(9))
+    dataset = trainer.train_dataset.shuffle(seed=0).select(range(6))
+    expected = [len(ids) for ids in dataset["chosen_input_ids"]]
+    read = []
+    get = datasets.Dataset.__getitem__
+
+    def counted(self, key):
+        read.append(key)
+        return get(self, key)
+
+    monkeypatch.setattr(datasets.Dataset, "__getitem__", counted)
+    scores = trainer.score_pairs(dataset)
+    assert scores.chosen_tokens.tolist() == expected
+    # To be scored; never again to be counted.
+    assert sorted(key for key in read if isinstance(key, int)) == list(range(6))
+
+
+def test_an_adapter_with_an_earlier_training_is_said_to_be_no_part_of_the_reference(
+    tmp_path, caplog
+):
+    lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    trainer_for(get_peft_model(tiny_model(), lora), tmp_path / "a", **SETTINGS).train()
+    assert "changes the model before the first step" not in caplog.text
+    model = with_lora(tiny_model())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.mul_(3.0)
+    model.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(tiny_model(), tmp_path / "adapter", is_trainable=True)
+    trainer = trainer_for(again, tmp_path / "b", **SETTINGS)
+    trainer.train()
+    assert "the reference of dpo is the base with the adapter off" in caplog.text
+    assert len(caplog.text.split("changes the model before the first step")) == 2
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_an_adapter_that_holds_a_part_of_the_base_weights_has_no_reference(init, tmp_path):
+    lora = LoraConfig(
+        r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=init
+    )
+    trainer = trainer_for(get_peft_model(tiny_model(), lora), tmp_path, **SETTINGS)
+    with pytest.raises(ConfigError, match=f"init_lora_weights='{init}' moves") as caught:
+        trainer.train()
+    assert len(str(caught.value).splitlines()) == 1
