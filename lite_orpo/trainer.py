@@ -128,6 +128,7 @@ class ORPOTrainer(EvaluatingTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        self.given_optimizer = self.optimizer  # None: the configured one
         check_parallelism(self)
         direct_tensorboard(self)
         self.equal_rows: bool = self.is_fsdp_enabled
