@@ -4,6 +4,7 @@ Asked by a signal (Ctrl-C, or what a system sends before it shuts down) or by th
 stop after the same step.
 """
 
+import contextlib
 import signal
 import threading
 import time
@@ -78,13 +79,15 @@ class StopWithCheckpoint(TrainerCallback):
         self.reason = signal.Signals(number).name
         if self._is_silent:
             return
-        # print may be in the middle of a line, but is safe to call from Python's handlers.
-        print(f"\n{self.reason}: stopping after this step with a checkpoint; again to stop at once")
+        # Nobody may be reading any more (`| tee log` has had the same Ctrl-C), or the signal came
+        # in the middle of a print that waits.
+        with contextlib.suppress(OSError, RuntimeError):
+            what = "stopping after this step with a checkpoint; again to stop at once"
+            print(f"\n{self.reason}: {what}")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Stop and save, if any rank was asked to and the training is not at its end anyway."""
-        if self.reason is None and self._ends_at is not None and time.monotonic() >= self._ends_at:
-            self.reason = "the time is over"
+        self._look_at_the_clock()
         if not _any_rank(self.reason is not None, args.device):
             return
         self.reason = self.reason or "another rank was asked to stop"
@@ -104,6 +107,10 @@ class StopWithCheckpoint(TrainerCallback):
             and _depends_on_evaluations(args)
         ):
             self._save(control)
+
+    def _look_at_the_clock(self) -> None:
+        if self.reason is None and self._ends_at is not None and time.monotonic() >= self._ends_at:
+            self.reason = "the time is over"
 
     def _save(self, control: Any) -> None:
         """Stop when that is done: an evaluation of this step may still end the training itself."""
@@ -135,7 +142,8 @@ class StopWithCheckpoint(TrainerCallback):
 
         With several ranks it ends by itself, for they wait for each other.
         """
-        is_cut = self._is_training and self.signal is not None and args.world_size == 1
+        self._look_at_the_clock()
+        is_cut = self._is_training and self.reason is not None and args.world_size == 1
         if is_cut and not _depends_on_evaluations(args):
             self.has_stopped = True
             raise EvaluationCut

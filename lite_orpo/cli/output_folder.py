@@ -8,14 +8,18 @@ import re
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
 
 from ..checkpoint.find import newest_complete
 from ..checkpoint.manifest import MANIFEST_FILE, why_incomplete
 from ..checkpoint.staging import put_back
 from ..config.run_config import RunConfig
-from ..config.yaml_file import read_settings
+from ..config.yaml_file import read_settings, write_settings
 from ..errors import ConfigError
 from ..fingerprint import FINGERPRINT_FILE
+from ..writing import writing
 
 METRICS_FILE = "metrics.jsonl"
 CURVES_FILE = "curves.png"
@@ -158,6 +162,31 @@ def _check_checkpoint(resume: str | bool, folder: Path) -> None:
         raise ConfigError(
             f"resume_from_checkpoint: {resume} is no complete checkpoint: {reason}{known}"
         )
+
+
+class SettingsFile(TrainerCallback):
+    """The settings of a run in its folder; of one that goes on, once nothing refuses that.
+
+    Args:
+        path: where to.
+        config: the run's.
+    """
+
+    def __init__(self, path: Path, config: RunConfig) -> None:
+        self._path, self._config = path, config
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Write them: the checkpoint fits the run."""
+        self.write()
+
+    def write(self) -> None:
+        """Write them now.
+
+        Raises:
+            CheckpointError: the file cannot be written; an earlier one is as it was.
+        """
+        with writing(str(self._path), "nothing has been trained yet"):
+            write_settings(self._path, self._config.as_settings(), SETTINGS_COMMENT)
 
 
 def remove_earlier_run(folder: Path) -> None:
