@@ -47,8 +47,28 @@ _STAGED = re.compile(r"\.checkpoint-\d+\.(partial|replaced)")
 _LOGS = (".log", ".out", ".err")
 
 
+def check_writable(config: RunConfig) -> None:
+    """Refuse a folder that cannot be written, or is the base model's own.
+
+    Raises:
+        ConfigError: see above.
+    """
+    folder = Path(str(config.training.output_dir))
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"output_dir: {folder} is a file; name a folder")
+    if folder.is_symlink() and not folder.exists():
+        raise ConfigError(f"output_dir: {folder} is a link to nowhere; name a folder")
+    if folder.exists() and folder.resolve() == Path(str(config.model.model_name_or_path)).resolve():
+        raise ConfigError(f"output_dir: {folder} is the base model's own folder; name another")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ConfigError(f"output_dir: {folder} cannot be written: {error.strerror}") from None
+
+
 def check_output_dir(config: RunConfig, path: Path) -> None:
-    """Refuse a folder that cannot be written, holds something else, or lacks what is resumed.
+    """Refuse a folder that holds something else, or lacks what is resumed.
 
     Hidden files and logs may be there, and the configuration itself.
 
@@ -62,15 +82,6 @@ def check_output_dir(config: RunConfig, path: Path) -> None:
     if config.training.process_index != 0:
         return  # only one rank looks: another may find what the first has just begun to write
     folder = Path(str(config.training.output_dir))
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"output_dir: {folder} is a file; name a folder")
-    if folder.exists() and folder.resolve() == Path(str(config.model.model_name_or_path)).resolve():
-        raise ConfigError(f"output_dir: {folder} is the base model's own folder; name another")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise ConfigError(f"output_dir: {folder} cannot be written: {error.strerror}") from None
     resume = config.training.resume_from_checkpoint
     if resume:
         _check_checkpoint(resume, folder)

@@ -4,6 +4,7 @@ Order of a run: check everything that can be checked without a model, load, eval
 model, train, evaluate again, answer a few held-out prompts with the adapter off and on, save.
 """
 
+import contextlib
 import logging
 import os
 import time
@@ -14,6 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from ..checkpoint.one_writer import only_writer
 from ..config.run_config import RunConfig, load_run_config
 from ..config.yaml_file import Setting
 from ..data.run_sources import Sources, open_run_sources
@@ -40,6 +42,7 @@ from .output_folder import (
     METRICS_FILE,
     SettingsFile,
     check_output_dir,
+    check_writable,
     remove_earlier_run,
 )
 from .quick_check import print_quick_check
@@ -66,7 +69,8 @@ def run_training(
     console = LastingConsole(quiet=int(os.environ.get("RANK", "0")) != 0)
     so_far = SoFar()
     try:
-        return _run(path, overrides, stop_after, console, so_far)
+        with contextlib.ExitStack() as held:
+            return _run(path, overrides, stop_after, console, so_far, held)
     except KeyboardInterrupt:
         console.print(Text(f"Stopped; {so_far.text}"), soft_wrap=True)
         raise
@@ -78,12 +82,16 @@ def _run(
     stop_after: float | None,
     console: Console,
     so_far: SoFar,
+    held: contextlib.ExitStack,
 ) -> int:
     quiet_libraries(console)
     started = time.perf_counter()
     config = load_run_config(path, overrides)
     console.quiet = config.training.process_index != 0  # not every launcher sets RANK
     sources = open_sources(config)
+    if config.training.process_index == 0:
+        check_writable(config)
+        held.enter_context(only_writer(Path(config.training.output_dir)))
     check_output_dir(config, path)
     print_quick_check(console, sources.train, sources.held_out)
     with library_refusals(path, (ImportError, ValueError, RuntimeError, OSError)):

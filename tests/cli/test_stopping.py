@@ -264,6 +264,30 @@ def test_the_clock_cuts_an_evaluation_too(train, tmp_path, monkeypatch):
     assert why_incomplete(tmp_path / "stopped" / "checkpoint-2") is None
 
 
+def test_a_folder_that_another_process_trains_into_is_refused(train, tmp_path):
+    folder = tmp_path / "out"
+    holds = (
+        "import sys, pathlib\nfrom lite_orpo.checkpoint.one_writer import only_writer\n"
+        f"with only_writer(pathlib.Path({str(folder)!r})):\n print(flush=True); sys.stdin.read()"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", holds], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    other.stdout.readline()
+    for words in ([], ["--resume"], ["overwrite_output_dir=true"]):
+        code, error, _ = train(*words)
+        assert code == 2 and "is being trained into by another process" in error
+    other.communicate()
+    assert train()[0] == 0
+    assert not list(folder.glob(".lite-orpo*"))
+
+
+def test_a_link_to_nowhere_is_called_so(train, tmp_path):
+    (tmp_path / "out").symlink_to(tmp_path / "nowhere")
+    code, error, _ = train()
+    assert code == 2 and "out is a link to nowhere; name a folder" in error
+
+
 def test_a_time_budget_stops_the_same_way(train, unbroken, tmp_path):
     words = (f"output_dir={tmp_path / 'stopped'}",)
     assert train(*words, "--stop-after", "0.01s")[0] == 0
