@@ -1,7 +1,7 @@
 """A training that is asked to stop ends after the step that it is in, with a checkpoint.
 
-Asked by a signal (Ctrl-C, or what a system sends before it shuts down) or by the clock. All ranks
-stop after the same step.
+Asked by a signal (Ctrl-C, what a system sends before it shuts down, a terminal that is closed) or
+by the clock. All ranks stop after the same step.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from torch import distributed
 from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-_SIGNALS = ("SIGINT", "SIGTERM")
+_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")  # the last: a terminal that is closed; not on Windows
 # Of several ranks, a launcher hands a signal on that its ranks may have had from a terminal or a
 # batch system already: what follows so soon is no second word.
 _HANDED_ON_SECONDS = 2.0
@@ -63,12 +63,13 @@ class StopWithCheckpoint(TrainerCallback):
         if self._seconds is not None:
             self._ends_at = time.monotonic() + self._seconds
         if threading.current_thread() is threading.main_thread() and not self._handlers:
-            for name in _SIGNALS:
-                number = getattr(signal, name)
+            for number in _numbers():
                 self._handlers[number] = signal.signal(number, self._ask)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None:
+            if signal.Signals(number).name == "SIGHUP":
+                return  # a shell sends it on to what the terminal has sent it to already
             if self._has_launcher and time.monotonic() - self._asked_at < _HANDED_ON_SECONDS:
                 return
             self.stop_listening()
@@ -164,6 +165,13 @@ class StopWithCheckpoint(TrainerCallback):
         for number, handler in self._handlers.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._handlers = {}
+
+
+def _numbers() -> list[int]:
+    names = [name for name in _SIGNALS if hasattr(signal, name)]
+    if names[-1] == "SIGHUP" and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        names.pop()  # nohup
+    return [getattr(signal, name) for name in names]
 
 
 def _depends_on_evaluations(args: Any) -> bool:

@@ -67,6 +67,29 @@ def test_a_signal_ends_the_run_after_its_step_and_it_goes_on_bit_for_bit(
     assert all((found[name] == unbroken[name]).all() for name in unbroken)
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="there is no SIGHUP on Windows")
+def test_a_terminal_that_is_closed_costs_no_step_and_nohup_stays(train, tmp_path, monkeypatch):
+    own = MetricsFile.on_log
+
+    def twice(*arguments, **options):
+        if arguments[2].global_step == 2:
+            for _ in range(2):  # from the terminal, and from the shell
+                signal.raise_signal(signal.SIGHUP)
+        return own(*arguments, **options)
+
+    monkeypatch.setattr(MetricsFile, "on_log", twice)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert train()[0] == 0
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        assert train(f"output_dir={tmp_path / 'stopped'}")[0] == 128 + signal.SIGHUP
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    (checkpoint,) = (tmp_path / "stopped").glob("checkpoint-*")
+    assert why_incomplete(checkpoint) is None
+
+
 def test_a_second_signal_stops_at_once(train, tmp_path, monkeypatch):
     folder = tmp_path / "stopped"
     own = MetricsFile.on_log
