@@ -65,7 +65,10 @@ class CheckpointingTrainer(SavingTrainer):
                 is the base model's own folder.
         """
         checkpoint = self._resolve(resume_from_checkpoint) or None
+        begun_with = getattr(self, "_fingerprint", {}).get("base weights")
         self._fingerprint = fingerprint_of(self)
+        if checkpoint is not None and begun_with is not None:  # this trainer has moved them since
+            self._fingerprint["base weights"] = begun_with
         if not self._leaves_saving_to_library():
             self._prepare_folder(checkpoint)
         elif self.is_world_process_zero():

@@ -122,6 +122,15 @@ def test_a_model_that_trains_in_full_is_known_by_the_weights_that_it_began_with(
         run(tmp_path, model=tiny_model(seed=3), resume=True, max_steps=6)
 
 
+def test_a_notebook_that_was_stopped_goes_on_with_the_trainer_that_it_has(tmp_path):
+    stop = StopAt(2)
+    trainer = run(tmp_path, model=tiny_model(), max_steps=4, callbacks=[stop])
+    assert trainer.state.global_step == 2
+    stop.step = 4
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 4
+
+
 def test_an_embedding_on_the_host_is_still_a_base_weight(tmp_path):
     settings = {"offload_embedding": True}
     untied = {"tie_word_embeddings": False}
