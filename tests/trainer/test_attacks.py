@@ -112,7 +112,8 @@ def test_code_that_a_model_ships_does_not_run(where, base, canary):
     auto = {"AutoConfig": where, "AutoModelForCausalLM": where}
     edit(base / "config.json", auto_map=auto, model_type="unheard_of")
     assert "set trust_remote_code: true to run it" in refusal(lambda: load(base))
-    trainer = lambda: ORPOTrainer(str(base), quiet_config(base.parent / "o"), plain_rows(2))  # noqa: E731
+    args = quiet_config(base.parent / "o")
+    trainer = lambda: ORPOTrainer(str(base), args, train_dataset=plain_rows(2))  # noqa: E731
     assert "set trust_remote_code: true to run it" in refusal(trainer)
 
 
@@ -233,7 +234,7 @@ def test_a_manifest_that_leaves_its_folder(name, checkpoint):
     manifest = json.loads((checkpoint / "manifest.json").read_text())
     manifest["files"][name] = {"size": 1, "sha256": "0"}
     (checkpoint / "manifest.json").write_text(json.dumps(manifest))
-    assert "names a file outside of it" in refusal(lambda: resume(checkpoint), CheckpointError)
+    assert "which is outside of it" in refusal(lambda: resume(checkpoint), CheckpointError)
 
 
 # ---- data ----
@@ -309,7 +310,10 @@ def test_a_template_that_reaches_out_of_its_sandbox(template, canary, tmp_path):
              "rejected": [{"role": "assistant", "content": "c"}]}]  # fmt: skip
     message = refusal(
         lambda: ORPOTrainer(
-            tiny_model(), quiet_config(tmp_path / "run"), rows, processing_class=tokenizer
+            tiny_model(),
+            quiet_config(tmp_path / "run"),
+            train_dataset=rows,
+            processing_class=tokenizer,
         ),
         DataError,
     )
