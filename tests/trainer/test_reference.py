@@ -109,10 +109,8 @@ def test_a_damaged_file_is_computed_anew_and_said(tmp_path, caplog):
     path.write_bytes(content[: len(content) // 2])
     trainer_for(with_lora(tiny_model()), tmp_path, **SETTINGS).train()
     assert "cannot be read" in caplog.text
-    good, anew = (
-        load(content),
-        load(path.read_bytes()),
-    )  # beside them the file has the seconds that it took
+    # Beside them the file has the seconds that it took.
+    good, anew = load(content), load(path.read_bytes())
     assert anew.keys() == good.keys() and all(torch.equal(anew[k], good[k]) for k in good)
 
 
