@@ -32,6 +32,7 @@ from .errors import CheckpointError
 from .fingerprint import differences, fingerprint_of, write_fingerprint
 from .interruption import EvaluationCut, StopWithCheckpoint
 from .length_order import LengthOrder
+from .optimizer_settings import group_settings, put_changes_over
 from .random_state import RandomState
 from .saved_folder import refuse_base_folder, refuse_foreign, refuse_pickles
 from .saving import SavingTrainer
@@ -64,7 +65,10 @@ class CheckpointingTrainer(SavingTrainer):
                 is the base model's own folder.
         """
         checkpoint = self._resolve(resume_from_checkpoint) or None
+        begun_with = getattr(self, "_fingerprint", {}).get("base weights")
         self._fingerprint = fingerprint_of(self)
+        if checkpoint is not None and begun_with is not None:  # this trainer has moved them since
+            self._fingerprint["base weights"] = begun_with
         if not self._leaves_saving_to_library():
             self._prepare_folder(checkpoint)
         elif self.is_world_process_zero():
@@ -98,7 +102,7 @@ class CheckpointingTrainer(SavingTrainer):
         if checkpoint is not None:
             refuse_pickles(Path(checkpoint))
             self._compare(Path(checkpoint))
-            self._refuse_finished(Path(checkpoint))
+            self._refuse_later(Path(checkpoint))
         self.accelerator.wait_for_everyone()
         if not self.args.should_save:
             return
@@ -109,12 +113,12 @@ class CheckpointingTrainer(SavingTrainer):
             if names:
                 logger.warning("checkpoints of %s are set aside: %s", whose, ", ".join(names))
 
-    def _refuse_finished(self, checkpoint: Path) -> None:
+    def _refuse_later(self, checkpoint: Path) -> None:
         state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-        if 0 < self.args.max_steps <= state["global_step"]:
+        if 0 < self.args.max_steps < state["global_step"]:
             raise CheckpointError(
-                f"{checkpoint.name} is the end of the run already (max_steps "
-                f"{self.args.max_steps}): its weights are in that folder; to go on, raise max_steps"
+                f"{checkpoint.name} is beyond the end of the run (max_steps "
+                f"{self.args.max_steps}); raise max_steps, or name an earlier checkpoint"
             )
 
     def _resolve(self, wanted: str | bool | None) -> str | None:
@@ -140,12 +144,15 @@ class CheckpointingTrainer(SavingTrainer):
         return str(found.checkpoint)
 
     def _compare(self, checkpoint: Path) -> None:
-        parts, versions = differences(checkpoint, self._fingerprint)
+        parts, versions, _ = differences(checkpoint, self._fingerprint)
         if versions:
             logger.warning("%s was written with %s", checkpoint.name, "; ".join(versions))
         if not parts:
             return
         what = f"{checkpoint.name} is of a run that differs in: {', '.join(parts)}"
+        kind = next((part for part in parts if part.startswith("optimizer")), None)
+        if kind is not None and "not noted" not in kind:
+            raise CheckpointError(f"{what}; its state is of no use to another optimiser: set optim")
         if not self.args.resume_despite_changes:
             raise CheckpointError(
                 f"{what}; go on with what it was made from, or set resume_despite_changes: true"
@@ -253,6 +260,13 @@ class CheckpointingTrainer(SavingTrainer):
             logger.warning("%s, the best so far, is not there any more", name)
         return None
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # Gone on from the last step: what comes after the steps is all that is missing.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         rows = self.train_dataset if train_dataset is None else train_dataset
         if self.args.train_sampling_strategy != "group_by_length":
@@ -283,9 +297,12 @@ class CheckpointingTrainer(SavingTrainer):
         if checkpoint is None or self._leaves_saving_to_library():
             super()._load_optimizer_and_scheduler(checkpoint)
             return
+        own = group_settings(self.optimizer)
         with _reading(checkpoint):
             self.optimizer.load_state_dict(load_tree(Path(checkpoint, _OPTIMIZER)))
             self.lr_scheduler.load_state_dict(load_tree(Path(checkpoint, _SCHEDULER)))
+        changes = differences(Path(checkpoint), self._fingerprint).settings
+        put_changes_over(changes, own, self.optimizer, self.lr_scheduler)
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         scaler = getattr(self.accelerator, "scaler", None)

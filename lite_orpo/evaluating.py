@@ -5,11 +5,14 @@ own figures come from `pair_scores.py`. The trainer's step is in `trainer.py`.
 """
 
 import time
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .checkpoint.one_writer import only_writer
 from .checkpointing import CheckpointingTrainer
 from .data.prepared_sets import PreparedSets, is_mapping_of_sets
 from .data.row_batch import RowBatch
@@ -43,11 +46,17 @@ class EvaluatingTrainer(CheckpointingTrainer):
         self._reference = Reference(self._evaluation_room)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """Train; see `CheckpointingTrainer.train`. A reference scores all pairs before it."""
-        self.train_dataset = self._reference.on(self, self.train_dataset)
-        self.eval_dataset = self._reference.on(self, self.eval_dataset)
-        self._reference.begin_training(self)
-        return super().train(resume_from_checkpoint, **kwargs)
+        """Train; see `CheckpointingTrainer.train`. A reference scores all pairs before it.
+
+        Raises:
+            CheckpointError: another process trains into `output_dir`; or as there.
+        """
+        writes = self.is_world_process_zero() and self.args.save_strategy != "no"
+        with only_writer(Path(self.args.output_dir)) if writes else nullcontext():
+            self.train_dataset = self._reference.on(self, self.train_dataset)
+            self.eval_dataset = self._reference.on(self, self.eval_dataset)
+            self._reference.begin_training(self)
+            return super().train(resume_from_checkpoint, **kwargs)
 
     def evaluate(
         self,

@@ -1,7 +1,8 @@
 """What a run is made of, in short: a checkpoint goes on only with the same.
 
-Base weights, data, adapter, chat template, loss settings and the make-up of a step. Weights are
-sampled, tokens are hashed whole. Versions are noted too; a difference there is only told.
+Base weights, data, adapter, chat template, loss settings, the make-up of a step and the optimiser.
+Weights are sampled, tokens are hashed whole. Versions are noted too; a difference there is only
+told.
 """
 
 import hashlib
@@ -9,7 +10,7 @@ import importlib.metadata
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +18,12 @@ from torch import Tensor, nn
 from .losses.objective import Objective
 from .model.head import innermost_causal_lm
 from .model.host_memory import host_weight
+from .optimizer_settings import Change, optimizer_kind, optimizer_settings
 
 FINGERPRINT_FILE = "fingerprint.json"
+_SETTINGS, _VERSIONS = "optimizer settings", "versions"  # noted, and may change
 _COLUMNS = ("prompt_input_ids", "chosen_input_ids", "rejected_input_ids")
+_NOT_NOTED = "not noted"
 _SAMPLED = 256  # values of each weight
 _PACKAGES = ("lite-orpo", "torch", "transformers", "peft", "accelerate", "bitsandbytes")
 # Of an adapter's settings, where it came from and what it is used for now are not what it is.
@@ -52,35 +56,68 @@ def fingerprint_of(trainer: Any) -> dict[str, Any]:
             * args.world_size,
             "seed": args.seed,
             "data_seed": args.data_seed,
+            "order": str(args.train_sampling_strategy),
+            "drop_last": args.dataloader_drop_last,
         },
-        "versions": _versions(),
+        "optimizer": optimizer_kind(args, trainer.given_optimizer),
+        _SETTINGS: optimizer_settings(args, trainer.given_optimizer),
+        _VERSIONS: _versions(),
     }
 
 
-def differences(checkpoint: Path, own: dict[str, Any]) -> tuple[list[str], list[str]]:
+class Differences(NamedTuple):
+    """In what a checkpoint's run and this one differ."""
+
+    parts: list[str]
+    """Parts that may not differ, each with its settings that do."""
+    versions: list[str]
+    """Such as "torch 2.11 there, 2.13 here"."""
+    settings: dict[str, Change]
+    """Of the optimiser: by name the value there and the one here."""
+
+
+def differences(checkpoint: Path, own: dict[str, Any]) -> Differences:
     """Compare a checkpoint's fingerprint with a run's.
 
     Args:
         checkpoint: a complete one.
         own: the run's.
-
-    Returns:
-        Names of the parts that differ, and versions that do, as "torch 2.11 there, 2.13 here".
     """
     try:
         text = (checkpoint / FINGERPRINT_FILE).read_text(encoding="utf-8")
     except FileNotFoundError:
-        return ["everything (it has no fingerprint)"], []
+        return Differences(["everything (it has no fingerprint)"], [], {})
     theirs = json.loads(text)
     own = json.loads(json.dumps(own))  # as it is read back: tuples are lists
-    parts = [name for name in own if name != "versions" and theirs.get(name) != own[name]]
-    there, here = theirs.get("versions", {}), own["versions"]
+    parts = [
+        name + _which(theirs.get(name), own[name])
+        for name in own
+        if name not in (_SETTINGS, _VERSIONS) and theirs.get(name) != own[name]
+    ]
+    there, here = theirs.get(_VERSIONS, {}), own[_VERSIONS]
     versions = [
         f"{name} {there.get(name)} there, {here[name]} here"
         for name in here
         if there.get(name) != here[name]
     ]
-    return parts, versions
+    there, here = theirs.get(_SETTINGS, {}), own[_SETTINGS]
+    settings = {k: (there[k], here[k]) for k in here if k in there and there[k] != here[k]}
+    return Differences(parts, versions, settings)
+
+
+def _which(there: Any, here: Any) -> str:
+    """The settings of a part that differ, where it has any that can be read in a line."""
+    if there is None:
+        return " (not noted there)"
+    if not (isinstance(there, dict) and isinstance(here, dict)):
+        return ""
+    unlike = [key for key in here if there.get(key, _NOT_NOTED) != here[key]]
+    told = [
+        f"{key} {there.get(key, _NOT_NOTED)} there, {here[key]} here"
+        for key in unlike
+        if not isinstance(here[key], (dict, list))
+    ]
+    return f" ({'; '.join(told)})" if told else ""
 
 
 def write_fingerprint(folder: Path, fingerprint: dict[str, Any]) -> None:

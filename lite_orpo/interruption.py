@@ -1,9 +1,10 @@
 """A training that is asked to stop ends after the step that it is in, with a checkpoint.
 
-Asked by a signal (Ctrl-C, or what a system sends before it shuts down) or by the clock. All ranks
-stop after the same step.
+Asked by a signal (Ctrl-C, what a system sends before it shuts down, a terminal that is closed) or
+by the clock. All ranks stop after the same step.
 """
 
+import contextlib
 import signal
 import threading
 import time
@@ -15,7 +16,7 @@ from torch import distributed
 from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-_SIGNALS = ("SIGINT", "SIGTERM")
+_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")  # the last: a terminal that is closed; not on Windows
 # Of several ranks, a launcher hands a signal on that its ranks may have had from a terminal or a
 # batch system already: what follows so soon is no second word.
 _HANDED_ON_SECONDS = 2.0
@@ -62,12 +63,13 @@ class StopWithCheckpoint(TrainerCallback):
         if self._seconds is not None:
             self._ends_at = time.monotonic() + self._seconds
         if threading.current_thread() is threading.main_thread() and not self._handlers:
-            for name in _SIGNALS:
-                number = getattr(signal, name)
+            for number in _numbers():
                 self._handlers[number] = signal.signal(number, self._ask)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None:
+            if signal.Signals(number).name == "SIGHUP":
+                return  # a shell sends it on to what the terminal has sent it to already
             if self._has_launcher and time.monotonic() - self._asked_at < _HANDED_ON_SECONDS:
                 return
             self.stop_listening()
@@ -78,13 +80,15 @@ class StopWithCheckpoint(TrainerCallback):
         self.reason = signal.Signals(number).name
         if self._is_silent:
             return
-        # print may be in the middle of a line, but is safe to call from Python's handlers.
-        print(f"\n{self.reason}: stopping after this step with a checkpoint; again to stop at once")
+        # Nobody may be reading any more (`| tee log` has had the same Ctrl-C), or the signal came
+        # in the middle of a print that waits.
+        with contextlib.suppress(OSError, RuntimeError):
+            what = "stopping after this step with a checkpoint; again to stop at once"
+            print(f"\n{self.reason}: {what}")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Stop and save, if any rank was asked to and the training is not at its end anyway."""
-        if self.reason is None and self._ends_at is not None and time.monotonic() >= self._ends_at:
-            self.reason = "the time is over"
+        self._look_at_the_clock()
         if not _any_rank(self.reason is not None, args.device):
             return
         self.reason = self.reason or "another rank was asked to stop"
@@ -104,6 +108,10 @@ class StopWithCheckpoint(TrainerCallback):
             and _depends_on_evaluations(args)
         ):
             self._save(control)
+
+    def _look_at_the_clock(self) -> None:
+        if self.reason is None and self._ends_at is not None and time.monotonic() >= self._ends_at:
+            self.reason = "the time is over"
 
     def _save(self, control: Any) -> None:
         """Stop when that is done: an evaluation of this step may still end the training itself."""
@@ -135,7 +143,8 @@ class StopWithCheckpoint(TrainerCallback):
 
         With several ranks it ends by itself, for they wait for each other.
         """
-        is_cut = self._is_training and self.signal is not None and args.world_size == 1
+        self._look_at_the_clock()
+        is_cut = self._is_training and self.reason is not None and args.world_size == 1
         if is_cut and not _depends_on_evaluations(args):
             self.has_stopped = True
             raise EvaluationCut
@@ -156,6 +165,13 @@ class StopWithCheckpoint(TrainerCallback):
         for number, handler in self._handlers.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._handlers = {}
+
+
+def _numbers() -> list[int]:
+    names = [name for name in _SIGNALS if hasattr(signal, name)]
+    if names[-1] == "SIGHUP" and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        names.pop()  # nohup
+    return [getattr(signal, name) for name in names]
 
 
 def _depends_on_evaluations(args: Any) -> bool:

@@ -129,6 +129,7 @@ class ORPOTrainer(EvaluatingTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        self.given_optimizer = self.optimizer  # None: the configured one
         check_parallelism(self)
         direct_tensorboard(self)
         shorten_table(self)

@@ -8,14 +8,18 @@ import re
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
 
 from ..checkpoint.find import newest_complete
 from ..checkpoint.manifest import MANIFEST_FILE, why_incomplete
 from ..checkpoint.staging import put_back
 from ..config.run_config import RunConfig
-from ..config.yaml_file import read_settings
+from ..config.yaml_file import read_settings, write_settings
 from ..errors import ConfigError
 from ..fingerprint import FINGERPRINT_FILE
+from ..writing import writing
 
 METRICS_FILE = "metrics.jsonl"
 CURVES_FILE = "curves.png"
@@ -43,8 +47,28 @@ _STAGED = re.compile(r"\.checkpoint-\d+\.(partial|replaced)")
 _LOGS = (".log", ".out", ".err")
 
 
+def check_writable(config: RunConfig) -> None:
+    """Refuse a folder that cannot be written, or is the base model's own.
+
+    Raises:
+        ConfigError: see above.
+    """
+    folder = Path(str(config.training.output_dir))
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"output_dir: {folder} is a file; name a folder")
+    if folder.is_symlink() and not folder.exists():
+        raise ConfigError(f"output_dir: {folder} is a link to nowhere; name a folder")
+    if folder.exists() and folder.resolve() == Path(str(config.model.model_name_or_path)).resolve():
+        raise ConfigError(f"output_dir: {folder} is the base model's own folder; name another")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ConfigError(f"output_dir: {folder} cannot be written: {error.strerror}") from None
+
+
 def check_output_dir(config: RunConfig, path: Path) -> None:
-    """Refuse a folder that cannot be written, holds something else, or lacks what is resumed.
+    """Refuse a folder that holds something else, or lacks what is resumed.
 
     Hidden files and logs may be there, and the configuration itself.
 
@@ -58,15 +82,6 @@ def check_output_dir(config: RunConfig, path: Path) -> None:
     if config.training.process_index != 0:
         return  # only one rank looks: another may find what the first has just begun to write
     folder = Path(str(config.training.output_dir))
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"output_dir: {folder} is a file; name a folder")
-    if folder.exists() and folder.resolve() == Path(str(config.model.model_name_or_path)).resolve():
-        raise ConfigError(f"output_dir: {folder} is the base model's own folder; name another")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise ConfigError(f"output_dir: {folder} cannot be written: {error.strerror}") from None
     resume = config.training.resume_from_checkpoint
     if resume:
         _check_checkpoint(resume, folder)
@@ -158,6 +173,31 @@ def _check_checkpoint(resume: str | bool, folder: Path) -> None:
         raise ConfigError(
             f"resume_from_checkpoint: {resume} is no complete checkpoint: {reason}{known}"
         )
+
+
+class SettingsFile(TrainerCallback):
+    """The settings of a run in its folder; of one that goes on, once nothing refuses that.
+
+    Args:
+        path: where to.
+        config: the run's.
+    """
+
+    def __init__(self, path: Path, config: RunConfig) -> None:
+        self._path, self._config = path, config
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Write them: the checkpoint fits the run."""
+        self.write()
+
+    def write(self) -> None:
+        """Write them now.
+
+        Raises:
+            CheckpointError: the file cannot be written; an earlier one is as it was.
+        """
+        with writing(str(self._path), "nothing has been trained yet"):
+            write_settings(self._path, self._config.as_settings(), SETTINGS_COMMENT)
 
 
 def remove_earlier_run(folder: Path) -> None:

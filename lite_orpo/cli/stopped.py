@@ -1,8 +1,12 @@
 """A run that was stopped before its end: after how long, and the command that goes on with it."""
 
 import json
+import os
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -51,13 +55,14 @@ def command_to_go_on(
     left_out = {*RESUME, *SECRET_KEYS}
     kept = {k: s.value for k, s in overrides.items() if k not in left_out}
     words = [f"{key}={_text(value)}" for key, value in kept.items()]
-    return shlex.join([*program, "train", str(path), *words, "--resume"])
+    words = [*program, "train", str(path), *words, "--resume"]
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
 def _program(environment: Mapping[str, str]) -> list[str] | None:
     processes = environment.get("WORLD_SIZE", "1")
     if processes == "1":
-        return ["lite-orpo"]
+        return _own_program(sys.argv[0])
     is_torchrun = "TORCHELASTIC_RUN_ID" in environment  # and so is what accelerate launches
     if not is_torchrun or environment.get("LOCAL_WORLD_SIZE") != processes:
         return None
@@ -65,6 +70,38 @@ def _program(environment: Mapping[str, str]) -> list[str] | None:
     if "ACCELERATE_MIXED_PRECISION" in environment:
         return ["accelerate", "launch", "--num_processes", processes, *module]
     return ["torchrun", "--nproc_per_node", processes, *module]
+
+
+def _own_program(called: str) -> list[str]:
+    """How this process was called: `lite-orpo` where a shell finds that one by its name."""
+    path = Path(called)
+    if path.parts[-3:] == ("lite_orpo", "cli", "main.py"):
+        return [sys.executable, "-m", "lite_orpo.cli.main"]
+    on_path = shutil.which(path.name)
+    is_found = on_path is not None and Path(on_path).resolve() == path.resolve()
+    is_elsewhere = path.stem == "lite-orpo" and path.parent != Path() and not is_found
+    return [called] if is_elsewhere else ["lite-orpo"]
+
+
+_LAUNCHERS = ("torchrun ", "accelerate ")
+
+
+class SoFar:
+    """What a run has come to, for the line that a Ctrl-C outside of its steps ends with."""
+
+    def __init__(self) -> None:
+        self.text = "nothing has been trained yet."
+
+    def trains_into(self, folder: Path) -> None:
+        """From now on there may be checkpoints."""
+        self.text = f"--resume goes on from the newest complete checkpoint in {folder}, if any."
+
+    def is_saved(self, folder: Path) -> None:
+        """What was trained is written."""
+        self.text = (
+            f"what was trained is in {folder}, complete; the last evaluation, answers or report "
+            f"are missing. `lite-orpo eval {shlex.quote(str(folder))}` gives the figures."
+        )
 
 
 def print_stopped(
@@ -75,10 +112,10 @@ def print_stopped(
     if command is None:
         console.print("Start it again as you did, on all machines, with --resume added.")
         return
-    if command.startswith("lite-orpo "):
-        console.print("Go on with:")
-    else:  # its other options are not known here
+    if command.startswith(_LAUNCHERS):  # their other options are not known here
         console.print("Start it again as you did, with --resume added; without other options:")
+    else:
+        console.print("Go on with:")
     console.print(Text("    " + command), soft_wrap=True)
 
 

@@ -4,6 +4,7 @@ Order of a run: check everything that can be checked without a model, load, eval
 model, train, evaluate again, answer a few held-out prompts with the adapter off and on, save.
 """
 
+import contextlib
 import logging
 import os
 import time
@@ -12,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
+from ..checkpoint.one_writer import only_writer
 from ..config.run_config import RunConfig, load_run_config
-from ..config.yaml_file import Setting, write_settings
+from ..config.yaml_file import Setting
 from ..data.run_sources import Sources, open_run_sources
 from ..device_memory import PeakMemory
 from ..errors import ConfigError
@@ -30,18 +33,20 @@ from ..report.progress import TrainingProgress
 from ..report.samples import Answered, Sample, answer, pick_samples
 from ..trainer import ORPOTrainer
 from ..writing import writing
+from .lasting_console import LastingConsole
 from .library_refusals import library_refusals
 from .memory_report import print_memory
 from .output_folder import (
     CONFIG_FILE,
     CURVES_FILE,
     METRICS_FILE,
-    SETTINGS_COMMENT,
+    SettingsFile,
     check_output_dir,
+    check_writable,
     remove_earlier_run,
 )
 from .quick_check import print_quick_check
-from .stopped import command_to_go_on, print_stopped
+from .stopped import SoFar, command_to_go_on, print_stopped
 from .train_output import print_outcome, print_refused, print_samples, print_start, print_usage
 
 
@@ -61,12 +66,32 @@ def run_training(
     Raises:
         UserError: anything the user can mend, in one line.
     """
-    console = Console(quiet=int(os.environ.get("RANK", "0")) != 0)
+    console = LastingConsole(quiet=int(os.environ.get("RANK", "0")) != 0)
+    so_far = SoFar()
+    try:
+        with contextlib.ExitStack() as held:
+            return _run(path, overrides, stop_after, console, so_far, held)
+    except KeyboardInterrupt:
+        console.print(Text(f"Stopped; {so_far.text}"), soft_wrap=True)
+        raise
+
+
+def _run(
+    path: Path,
+    overrides: dict[str, Setting],
+    stop_after: float | None,
+    console: Console,
+    so_far: SoFar,
+    held: contextlib.ExitStack,
+) -> int:
     quiet_libraries(console)
     started = time.perf_counter()
     config = load_run_config(path, overrides)
     console.quiet = config.training.process_index != 0  # not every launcher sets RANK
     sources = open_sources(config)
+    if config.training.process_index == 0:
+        check_writable(config)
+        held.enter_context(only_writer(Path(config.training.output_dir)))
     check_output_dir(config, path)
     print_quick_check(console, sources.train, sources.held_out)
     with library_refusals(path, (ImportError, ValueError, RuntimeError, OSError)):
@@ -76,8 +101,11 @@ def run_training(
         is_resumed = bool(config.training.resume_from_checkpoint)
         if config.report.overwrite_output_dir and not is_resumed:
             remove_earlier_run(output_dir)
-        with writing(str(output_dir / CONFIG_FILE), "nothing has been trained yet"):
-            write_settings(output_dir / CONFIG_FILE, config.as_settings(), SETTINGS_COMMENT)
+        settings = SettingsFile(output_dir / CONFIG_FILE, config)
+        if is_resumed:
+            trainer.add_callback(settings)
+        else:
+            settings.write()
     print_start(console, config, trainer, trainable_parameters(trainer.model))
     has_held_out = trainer.eval_dataset is not None
     before = _metrics_before(trainer, config, output_dir)
@@ -87,6 +115,7 @@ def run_training(
     stop = StopWithCheckpoint(stop_after)
     trainer.add_callback(stop)
     peak = PeakMemory(config.training.device)
+    so_far.trains_into(output_dir)
     with library_refusals(path, (ImportError,)):
         trainer.train(resume_from_checkpoint=config.training.resume_from_checkpoint)
     state = trainer.state
@@ -101,6 +130,7 @@ def run_training(
     memory = peak.allocated(), peak.beyond()
     # Before anything else that could be stopped, or fail.
     _save(trainer)
+    so_far.is_saved(output_dir)
     if stop.signal is not None:
         console.print(f"Stopped ({stop.reason}) after the last step, before the last evaluation.")
         print_usage(console, config, output_dir, METRICS_FILE, curves=None)

@@ -103,7 +103,14 @@ def write_settings(path: Path, settings: dict[str, Any], comment: str = "") -> N
     """Write settings as YAML in the given order, under lines of comment."""
     head = "".join(f"# {line}\n" for line in comment.splitlines())
     text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=100)
-    path.write_text(head + text, encoding="utf-8")
+    # Beside it and renamed: a full disk must not cost what was there.
+    beside = path.with_name(f".{path.name}.partial")
+    try:
+        beside.write_text(head + text, encoding="utf-8")
+        beside.replace(path)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
 
 
 # A date that is none and a number of thousands of digits are ValueErrors.

@@ -5,11 +5,14 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
+import lite_orpo.cli.train as train_command
+from lite_orpo import interruption
 from lite_orpo.checkpoint import staging
 from lite_orpo.checkpoint.manifest import why_incomplete
 from lite_orpo.cli.overrides import split_arguments
@@ -62,6 +65,29 @@ def test_a_signal_ends_the_run_after_its_step_and_it_goes_on_bit_for_bit(
     assert code == 0, error
     found = load_file(folder / "adapter_model.safetensors")
     assert all((found[name] == unbroken[name]).all() for name in unbroken)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="there is no SIGHUP on Windows")
+def test_a_terminal_that_is_closed_costs_no_step_and_nohup_stays(train, tmp_path, monkeypatch):
+    own = MetricsFile.on_log
+
+    def twice(*arguments, **options):
+        if arguments[2].global_step == 2:
+            for _ in range(2):  # from the terminal, and from the shell
+                signal.raise_signal(signal.SIGHUP)
+        return own(*arguments, **options)
+
+    monkeypatch.setattr(MetricsFile, "on_log", twice)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert train()[0] == 0
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        assert train(f"output_dir={tmp_path / 'stopped'}")[0] == 128 + signal.SIGHUP
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    (checkpoint,) = (tmp_path / "stopped").glob("checkpoint-*")
+    assert why_incomplete(checkpoint) is None
 
 
 def test_a_second_signal_stops_at_once(train, tmp_path, monkeypatch):
@@ -197,6 +223,94 @@ def test_a_second_signal_in_a_save_leaves_the_earlier_checkpoint(
     assert all((found[name] == unbroken[name]).all() for name in unbroken)
 
 
+def test_a_reader_that_is_gone_costs_no_checkpoint(train, tmp_path, monkeypatch):
+    """`lite-orpo train ... | tee log`: a Ctrl-C ends tee too, and earlier."""
+    reader, writer = os.pipe()
+    own = MetricsFile.on_log
+
+    def leaves_then_stops(self, args, state, control, **options):
+        if state.global_step == 2 and reader_is_open:
+            os.close(reader_is_open.pop())
+            signal.raise_signal(signal.SIGINT)
+        return own(self, args, state, control, **options)
+
+    reader_is_open = [reader]
+    monkeypatch.setattr(MetricsFile, "on_log", leaves_then_stops)
+    with os.fdopen(writer, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert train(f"output_dir={tmp_path / 'stopped'}")[0] == 130
+    (checkpoint,) = (tmp_path / "stopped").glob("checkpoint-*")
+    assert why_incomplete(checkpoint) is None
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "told"),
+    [
+        (train_command, "load_model", "Stopped; nothing has been trained yet."),
+        (train_command.ORPOTrainer, "_get_train_sampler", "Stopped; --resume goes on from"),
+        (train_command, "_answers_after", "Stopped; what was trained is in"),
+    ],
+    ids=["loading", "training begins", "samples"],
+)
+def test_outside_of_the_steps_it_says_what_there_is(owner, name, told, train, monkeypatch):
+    send_at(monkeypatch, owner, name, signal.SIGINT)
+    assert train()[0] == 130
+    assert train.output.splitlines()[-1].startswith(told)
+
+
+def test_a_resume_that_is_refused_leaves_the_settings_of_the_run(train, tmp_path):
+    words = ("save_strategy=steps", "save_steps=2")
+    assert train(*words)[0] == 0
+    before = (tmp_path / "out" / "config.resolved.yaml").read_text()
+    code, error, _ = train(*words, "--resume", "beta=0.7", "max_steps=6")
+    assert code == 2 and "loss settings (beta 0.2 there, 0.7 here)" in error
+    assert (tmp_path / "out" / "config.resolved.yaml").read_text() == before
+    assert train(*words, "--resume", "max_steps=6")[0] == 0
+    assert "max_steps: 6" in (tmp_path / "out" / "config.resolved.yaml").read_text()
+
+
+def test_the_clock_cuts_an_evaluation_too(train, tmp_path, monkeypatch):
+    words = (f"output_dir={tmp_path / 'stopped'}", "eval_strategy=steps", "eval_steps=2")
+    own, cut = TrainingProgress.on_prediction_step, []
+
+    def slow(self, args, state, control, **options):
+        if state.global_step == 2:
+            cut.append(1)
+            clock.append(clock[-1] + 30)
+        return own(self, args, state, control, **options)
+
+    monkeypatch.setattr(TrainingProgress, "on_prediction_step", slow)
+    clock = [time.monotonic()]
+    monkeypatch.setattr(interruption.time, "monotonic", lambda: clock[-1])
+    assert train(*words, "per_device_eval_batch_size=1", "--stop-after", "20s")[0] == 0
+    assert len(cut) == 1
+    assert why_incomplete(tmp_path / "stopped" / "checkpoint-2") is None
+
+
+def test_a_folder_that_another_process_trains_into_is_refused(train, tmp_path):
+    folder = tmp_path / "out"
+    holds = (
+        "import sys, pathlib\nfrom lite_orpo.checkpoint.one_writer import only_writer\n"
+        f"with only_writer(pathlib.Path({str(folder)!r})):\n print(flush=True); sys.stdin.read()"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", holds], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    other.stdout.readline()
+    for words in ([], ["--resume"], ["overwrite_output_dir=true"]):
+        code, error, _ = train(*words)
+        assert code == 2 and "is being trained into by another process" in error
+    other.communicate()
+    assert train()[0] == 0
+    assert not list(folder.glob(".lite-orpo*"))
+
+
+def test_a_link_to_nowhere_is_called_so(train, tmp_path):
+    (tmp_path / "out").symlink_to(tmp_path / "nowhere")
+    code, error, _ = train()
+    assert code == 2 and "out is a link to nowhere; name a folder" in error
+
+
 def test_a_time_budget_stops_the_same_way(train, unbroken, tmp_path):
     words = (f"output_dir={tmp_path / 'stopped'}",)
     assert train(*words, "--stop-after", "0.01s")[0] == 0
@@ -232,6 +346,20 @@ def test_the_command_that_goes_on_has_what_was_typed(tmp_path):
         "lite-orpo", "train", str(tmp_path / "config.yaml"), "learning_rate=0.0001",
         "output_dir=my runs/a", "bf16=false", "max_length=null", "--resume",
     ]  # fmt: skip
+
+
+def test_the_command_that_goes_on_is_the_one_that_was_called(tmp_path, monkeypatch):
+    called = tmp_path / "my venv" / "bin" / "lite-orpo"
+    called.parent.mkdir(parents=True)
+    called.touch(mode=0o755)
+    monkeypatch.setattr(sys, "argv", [str(called), "train"])
+    command = command_to_go_on(Path("c.yaml"), {})
+    assert shlex.split(command) == [str(called), "train", "c.yaml", "--resume"]
+    monkeypatch.setenv("PATH", str(called.parent), prepend=os.pathsep)
+    assert command_to_go_on(Path("c.yaml"), {}) == "lite-orpo train c.yaml --resume"
+    monkeypatch.setattr(sys, "argv", [str(Path(train_command.__file__).with_name("main.py"))])
+    words = shlex.split(command_to_go_on(Path("c.yaml"), {}))
+    assert words[:3] == [sys.executable, "-m", "lite_orpo.cli.main"]
 
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}

@@ -202,10 +202,19 @@ def test_rotation_after_a_damaged_one_keeps_what_can_be_resumed(unbroken, tmp_pa
     assert newest_complete(tmp_path).checkpoint == tmp_path / "checkpoint-3"
 
 
-def test_a_finished_run_is_not_gone_on_with(unbroken, tmp_path):
+def test_a_run_that_was_killed_after_its_last_step_is_finished(unbroken, tmp_path):
     shutil.copytree(unbroken / "checkpoint-4", tmp_path / "checkpoint-4")
-    with pytest.raises(CheckpointError, match="checkpoint-4 is the end of the run already"):
-        trainer(tmp_path).train(resume_from_checkpoint=True)
+    goes_on = trainer(tmp_path)
+    goes_on.train(resume_from_checkpoint=True)
+    assert goes_on.state.global_step == 4
+    goes_on.save_model()
+    assert same_weights(weights(tmp_path), weights(unbroken / "checkpoint-4"))
+
+
+def test_a_checkpoint_beyond_the_end_of_a_run_is_refused(unbroken, tmp_path):
+    shutil.copytree(unbroken / "checkpoint-4", tmp_path / "checkpoint-4")
+    with pytest.raises(CheckpointError, match="checkpoint-4 is beyond the end of the run"):
+        trainer(tmp_path, max_steps=3).train(resume_from_checkpoint=True)
 
 
 def test_an_error_of_the_tokenizers_library_is_a_full_disk_too(tmp_path, monkeypatch):

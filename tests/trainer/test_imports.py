@@ -32,6 +32,7 @@ RANK = {
     "lite_orpo.notebook_table": 0,
     "lite_orpo.checkpoint": 1,
     "lite_orpo.writing": 1,
+    "lite_orpo.optimizer_settings": 0,
     "lite_orpo.fingerprint": 4,
     "lite_orpo.saved_folder": 5,
     "lite_orpo.saving": 6,
