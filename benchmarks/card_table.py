@@ -18,7 +18,7 @@ from lite_orpo.config.options import LoraOptions, ModelOptions
 from lite_orpo.config.orpo_config import ORPOConfig
 from lite_orpo.data.row_batch import PlannedPair
 from lite_orpo.data.tree_rows import tree_row_batch
-from lite_orpo.memory_plan import MemoryPlan, plan_memory
+from lite_orpo.memory.plan import MemoryPlan, plan_memory
 
 PAIR = PlannedPair([1] * 256, [2] * 128, [3] * 128, is_scored=True)
 

@@ -210,7 +210,7 @@ def _planned(specification: dict[str, Any], count: int, folder: str) -> int | No
     from lite_orpo.config.orpo_config import ORPOConfig
     from lite_orpo.data.row_batch import PlannedPair
     from lite_orpo.data.tree_rows import tree_row_batch
-    from lite_orpo.memory_plan import plan_memory
+    from lite_orpo.memory.plan import plan_memory
 
     if specification["method"] not in ROW_SETTINGS:
         return None

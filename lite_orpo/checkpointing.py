@@ -25,18 +25,18 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .checkpoint.find import newest_complete, rotate, set_aside
+from .checkpoint.fingerprint import differences, fingerprint_of, write_fingerprint
 from .checkpoint.manifest import why_incomplete
+from .checkpoint.optimizer_settings import group_settings, put_changes_over
+from .checkpoint.saved_folder import refuse_base_folder, refuse_foreign, refuse_pickles
+from .checkpoint.saving_trainer import SavingTrainer
 from .checkpoint.staging import put_back, remove_leftovers, staged, staging_folder
 from .checkpoint.tensor_tree import load_tree, save_tree
+from .checkpoint.writing import write_reason, writing
 from .errors import CheckpointError
-from .fingerprint import differences, fingerprint_of, write_fingerprint
 from .interruption import EvaluationCut, StopWithCheckpoint
-from .length_order import LengthOrder
-from .optimizer_settings import group_settings, put_changes_over
-from .random_state import RandomState
-from .saved_folder import refuse_base_folder, refuse_foreign, refuse_pickles
-from .saving import SavingTrainer
-from .writing import write_reason, writing
+from .step.length_order import LengthOrder
+from .step.random_state import RandomState
 
 logger = logging.getLogger(__name__)
 

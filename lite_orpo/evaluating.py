@@ -20,12 +20,12 @@ from .data.step_plan import RowPlanner
 from .errors import DataError
 from .losses.objective import Objective
 from .metrics import empty_parts, metrics_of_set
-from .out_of_memory import RowRoom
 from .pair_scores import PairScores, score_pairs
-from .ranks import own_pair_count, plan_rows
 from .reference import Reference
-from .step_context import step_context
-from .throughput import Throughput
+from .step.context import step_context
+from .step.ranks import own_pair_count, plan_rows
+from .step.row_room import RowRoom
+from .step.throughput import Throughput
 
 
 class EvaluatingTrainer(CheckpointingTrainer):

@@ -13,8 +13,8 @@ from tqdm.auto import tqdm
 from .data.row_batch import Pair, RowBatch
 from .data.row_tokens import pair_lengths
 from .losses.completions import completion_logps
-from .out_of_memory import RowRoom
-from .step_context import step_context
+from .step.context import step_context
+from .step.row_room import RowRoom
 
 _BLOCK = 64  # pairs that are planned together
 

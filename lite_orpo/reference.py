@@ -19,12 +19,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .checkpoint.fingerprint import data_digest, weights_digest
 from .data.row_batch import REFERENCE_COLUMNS
 from .errors import ConfigError
-from .fingerprint import data_digest, weights_digest
 from .model.adapter import adapter_switched_off
-from .out_of_memory import RowRoom
 from .pair_scores import score_pairs
+from .step.row_room import RowRoom
 
 logger = logging.getLogger(__name__)
 

@@ -25,9 +25,6 @@ from .metrics import empty_parts, loss_parts, named_metrics
 from .model.head import attach_scored_head
 from .model.host_memory import offloaded_activations
 from .notebook_table import shorten_table
-from .out_of_memory import RowRoom
-from .ranks import fetch_pairs, plan_rows
-from .row_budget import planner_of
 from .row_choice import choose_rows
 from .setup import (
     check_launch,
@@ -40,9 +37,12 @@ from .setup import (
     resolve_model,
     resolve_tokenizer,
 )
-from .step_context import step_context
-from .step_guard import StepGuard
-from .throughput import Throughput
+from .step.context import step_context
+from .step.guard import StepGuard
+from .step.ranks import fetch_pairs, plan_rows
+from .step.row_budget import planner_of
+from .step.row_room import RowRoom
+from .step.throughput import Throughput
 
 
 def _collate_pairs(features: list[Pair]) -> dict[str, list[Pair]]:

@@ -1,1 +1,1 @@
-"""Checkpoints that are complete or absent: staged, synced, renamed, with a manifest."""
+"""What a run leaves: folders that are complete or absent, without pickle, token or local path."""

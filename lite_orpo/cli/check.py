@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from ..config.options import ModelOptions
+from ..data.files.sources import RowSource
 from ..data.inspection.survey import Survey, SurveyOptions, survey_pairs
 from ..data.preparation import LengthRule
-from ..data.sources import RowSource
 from ..errors import ConfigError
 from ..report.check_json import write_json
 from ..report.check_page import write_page

@@ -13,8 +13,8 @@ from ..config.coercion import coerce
 from ..config.legacy_names import translate_settings
 from ..config.options import DataOptions, ModelOptions
 from ..config.yaml_file import Setting, parse_value, read_settings
+from ..data.files.run_sources import Sources, open_run_sources
 from ..data.preparation import LengthRule
-from ..data.run_sources import Sources, open_run_sources
 from ..errors import ConfigError
 
 DEFAULT_MAX_LENGTH = 1024  # ORPOConfig's, which takes seconds to import; a test compares them

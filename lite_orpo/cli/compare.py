@@ -20,8 +20,8 @@ from ..comparison.runs import Cost, Run, RunOutcome, cost_of, digest_of_files, m
 from ..comparison.variants import Variant, variants_of
 from ..config.run_config import RunConfig, load_run_config
 from ..config.yaml_file import Setting, read_settings
-from ..data.run_sources import open_run_sources
-from ..data.sources import RowSource
+from ..data.files.run_sources import open_run_sources
+from ..data.files.sources import RowSource
 from ..errors import ConfigError, ModelError
 from ..evaluation.figures import evaluate_scores
 from ..evaluation.scores import Scores

@@ -8,10 +8,10 @@ from rich.text import Text
 
 from ..config.options import DataOptions
 from ..config.yaml_file import Setting, parse_value
+from ..data.files.run_sources import open_run_sources
+from ..data.files.sources import open_source
 from ..data.row_category import Categories, categories_of
 from ..data.row_source import RowSource
-from ..data.run_sources import open_run_sources
-from ..data.sources import open_source
 from ..errors import ConfigError, DataError, HubError, ModelError
 from ..evaluation.figures import evaluate_scores
 from ..report.eval_json import write_eval_json

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ..checkpoint.fingerprint import weights_digest
 from ..config.yaml_file import Setting
-from ..data.sources import open_source
+from ..data.files.sources import open_source
 from ..errors import CheckpointError, ConfigError, DataError
-from ..fingerprint import weights_digest
 from ..generation.answering import Answerer, BatchSize, Question, answers_in_batches, seed_of
 from ..generation.journal import Entry, Journal
 from ..generation.prompt_file import FORMATS, MT_BENCH, Item, read_items, write_answers

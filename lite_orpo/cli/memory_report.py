@@ -41,7 +41,7 @@ def _foreseen(config: RunConfig, trainer: Any, *, in_all: bool) -> tuple[int | N
     pairs = args.per_device_train_batch_size * args.gradient_accumulation_steps
     try:
         # Imported when it is asked for: PyTorch's fake tensors take 100 MiB for themselves.
-        from ..memory_plan import plan_memory
+        from ..memory.plan import plan_memory
 
         row = largest_row(trainer.planner, trainer.train_dataset, pairs)
         plan = plan_memory(config.model, config.lora, args, row, args.device)

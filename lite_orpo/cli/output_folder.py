@@ -13,13 +13,13 @@ from typing import Any
 from transformers import TrainerCallback
 
 from ..checkpoint.find import newest_complete
+from ..checkpoint.fingerprint import FINGERPRINT_FILE
 from ..checkpoint.manifest import MANIFEST_FILE, why_incomplete
 from ..checkpoint.staging import put_back
+from ..checkpoint.writing import writing
 from ..config.run_config import RunConfig
 from ..config.yaml_file import read_settings, write_settings
 from ..errors import ConfigError
-from ..fingerprint import FINGERPRINT_FILE
-from ..writing import writing
 
 METRICS_FILE = "metrics.jsonl"
 CURVES_FILE = "curves.png"

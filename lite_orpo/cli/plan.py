@@ -23,12 +23,12 @@ from ..data.preparation import prepare_pairs
 from ..data.row_batch import RowBatch
 from ..data.step_plan import RowPlanner
 from ..errors import ConfigError, ModelError
-from ..memory_plan import MemoryPlan, plan_of_twin, row_tokens_that_fit, twin_of_run
+from ..memory.plan import MemoryPlan, plan_of_twin, row_tokens_that_fit, twin_of_run
 from ..model.load import load_tokenizer
 from ..model.meta_twin import MetaTwin
-from ..row_budget import most_tokens
 from ..row_choice import expects_packed_rows
 from ..setup import length_rule
+from ..step.row_budget import most_tokens
 from .train import open_sources, quiet_libraries
 
 GIB = 2**30

@@ -9,9 +9,9 @@ import logging
 from rich.console import Console
 from rich.text import Text
 
+from ..data.files.sources import RowSource
 from ..data.inspection.finding import Severity
 from ..data.inspection.survey import Survey, SurveyOptions, survey_pairs
-from ..data.sources import RowSource
 from ..errors import UserError
 from ..report.visible_text import make_visible
 from .check_output import formats_in_words, pairs_in_words, repeats_in_words, shortcuts_in_words

@@ -5,10 +5,10 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.text import Text
 
+from ..data.files.sources import LocatedRow, RowSource
+from ..data.formats.rows import parse_row
 from ..data.preparation import LengthRule, fit
-from ..data.rows import parse_row
-from ..data.sources import LocatedRow, RowSource
-from ..data.tokenization import TokenizedPair, tokenize_pair
+from ..data.tokens.tokenization import TokenizedPair, tokenize_pair
 from ..errors import ConfigError, DataError, RowProblem
 from ..report.visible_text import make_visible
 from .check_target import CheckTarget

@@ -16,13 +16,14 @@ from rich.console import Console
 from rich.text import Text
 
 from ..checkpoint.one_writer import only_writer
+from ..checkpoint.writing import writing
 from ..config.run_config import RunConfig, load_run_config
 from ..config.yaml_file import Setting
-from ..data.run_sources import Sources, open_run_sources
-from ..device_memory import PeakMemory
+from ..data.files.run_sources import Sources, open_run_sources
 from ..errors import ConfigError
 from ..interruption import StopWithCheckpoint
 from ..losses.objective import Objective
+from ..memory.device import PeakMemory
 from ..model.adapter import adapter_switched_off, lora_config, trainable_parameters
 from ..model.load import load_model, load_tokenizer
 from ..report.card import write_card
@@ -32,7 +33,6 @@ from ..report.metrics_file import MetricsFile, read_metrics
 from ..report.progress import TrainingProgress
 from ..report.samples import Answered, Sample, answer, pick_samples
 from ..trainer import ORPOTrainer
-from ..writing import writing
 from .lasting_console import LastingConsole
 from .library_refusals import library_refusals
 from .memory_report import print_memory

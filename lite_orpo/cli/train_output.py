@@ -15,7 +15,7 @@ from ..config.run_config import RunConfig
 from ..model.adapter import model_device
 from ..report.card import RESULTS
 from ..report.samples import Answered
-from ..step_guard import REFUSED_STEPS
+from ..step.guard import REFUSED_STEPS
 
 
 def print_start(

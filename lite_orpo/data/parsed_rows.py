@@ -4,10 +4,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from ..errors import DataError, RowProblem
-from .chat_template import row_texts
-from .rows import PreferenceRow, parse_row
-from .sources import LocatedRow
-from .tokenization import Outcome, RowTokenizer
+from .files.sources import LocatedRow
+from .formats.rows import PreferenceRow, parse_row
+from .tokens.chat_template import row_texts
+from .tokens.tokenization import Outcome, RowTokenizer
 
 # Rows of a chunk; fewer where they are long, as all of them are held.
 CHUNK_ROWS = 256

@@ -14,14 +14,14 @@ from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 from ..errors import DataError, RowProblem
-from .chat_template import TemplateRunaway
+from .files.sources import RowSource
+from .formats.rows import PreferenceRow
 from .parsed_rows import parsed_chunks, tokenized
 from .preparation_report import TOOLS
 from .preparation_report import PreparationReport as PreparationReport
-from .rows import PreferenceRow
-from .sources import RowSource
-from .special_text import Tokenizer
-from .tokenization import RowTokenizer, TokenizedPair
+from .tokens.chat_template import TemplateRunaway
+from .tokens.special_text import Tokenizer
+from .tokens.tokenization import RowTokenizer, TokenizedPair
 
 logger = logging.getLogger(__name__)
 

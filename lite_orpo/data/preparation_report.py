@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from ..errors import RowProblem
-from .chat_template import COMPLETION_WORDS, SYSTEM_MESSAGE
-from .tokenization import (
+from .tokens.chat_template import COMPLETION_WORDS, SYSTEM_MESSAGE
+from .tokens.tokenization import (
     KEPT_AS_TEXT,
     READ_AS_CONTROL,
     READ_AS_WRITTEN_BY_A_TEMPLATE,

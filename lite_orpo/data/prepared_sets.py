@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from ..errors import DataError
+from .files.sources import RowSource, dataset_source, refuse_columns
 from .preparation import LengthRule, PreparationReport, prepare_pairs
-from .sources import RowSource, dataset_source, refuse_columns
-from .tokenization import Tokenizer
+from .tokens.tokenization import Tokenizer
 
 logger = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from ..errors import DataError
-from .column_mapping import MappedRow
+from .files.column_mapping import MappedRow
 from .row_source import RowSource
 
 USUAL_COLUMNS = ("source", "category")

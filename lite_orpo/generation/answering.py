@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..allocator_failure import is_out_of_memory
-from ..data.special_text import Tokenizer
+from ..data.tokens.special_text import Tokenizer
 from ..errors import OutOfMemory
 from .end_tokens import end_token_ids
 from .sampling import GumbelNoise

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ..data.special_text import SpecialTokens, Tokenizer
+from ..data.tokens.special_text import SpecialTokens, Tokenizer
 
 _ANSWER = "Everything is well"
 

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from ..data.preference_row import PreferenceRow
-from ..data.special_text import Tokenizer
-from ..data.tokenization import tokenize_pair
+from ..data.tokens.special_text import Tokenizer
+from ..data.tokens.tokenization import tokenize_pair
 from ..errors import DataError, RowProblem
 
 Messages = Sequence[dict[str, str]]

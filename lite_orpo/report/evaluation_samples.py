@@ -11,7 +11,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from ..model.adapter import adapter_switched_off
-from ..random_state import RandomState
+from ..step.random_state import RandomState
 from .metrics_file import MetricsFile
 from .samples import Answered, Sample, answer
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from ..writing import writing
+from ..checkpoint.writing import writing
 
 _ADVICE = "checkpoints are as they were: mend that, and go on with --resume"
 

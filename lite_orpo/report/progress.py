@@ -16,7 +16,7 @@ from rich.progress import (
 )
 from transformers import TrainerCallback
 
-from ..step_guard import REFUSED_STEPS
+from ..step.guard import REFUSED_STEPS
 
 _SHOWN = (("loss", "loss"), ("rewards/margins", "margin"), ("rewards/accuracies", "accuracy"))
 

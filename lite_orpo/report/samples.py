@@ -7,8 +7,8 @@ is loaded. Greedy decoding, so that a difference is the training's and not the d
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from ..data.rows import parse_row
-from ..data.sources import RowSource
+from ..data.files.sources import RowSource
+from ..data.formats.rows import parse_row
 from ..errors import RowProblem
 from ..generation.answering import Answerer, BatchSize, Question, answers_in_batches
 

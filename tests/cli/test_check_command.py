@@ -237,8 +237,8 @@ def test_show_prints_each_token_and_what_is_scored(check, tmp_path):
     assert "line 2" in out and "scored (a label)" in out
     from transformers import AutoTokenizer
 
-    from lite_orpo.data.rows import parse_row
-    from lite_orpo.data.tokenization import tokenize_pair
+    from lite_orpo.data.formats.rows import parse_row
+    from lite_orpo.data.tokens.tokenization import tokenize_pair
 
     pair = tokenize_pair(parse_row(row), AutoTokenizer.from_pretrained(MODEL))
     assert f"prompt: {len(pair.prompt)} tokens, {len(pair.prompt) - 1} scored" in out
@@ -254,8 +254,8 @@ def test_show_cuts_a_prompt_as_training_does(check, tmp_path):
     _, out, _ = check(*words, "--overlong-rows", "cut_prompt")
     from transformers import AutoTokenizer
 
-    from lite_orpo.data.rows import parse_row
-    from lite_orpo.data.tokenization import tokenize_pair
+    from lite_orpo.data.formats.rows import parse_row
+    from lite_orpo.data.tokens.tokenization import tokenize_pair
 
     pair = tokenize_pair(parse_row(row), AutoTokenizer.from_pretrained(MODEL))
     kept = 20 - max(len(pair.chosen), len(pair.rejected))

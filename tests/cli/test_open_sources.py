@@ -6,7 +6,7 @@ import pytest
 
 from lite_orpo.cli.train import open_sources
 from lite_orpo.config.run_config import load_run_config
-from lite_orpo.data.rows import parse_row
+from lite_orpo.data.formats.rows import parse_row
 from lite_orpo.errors import DataError
 
 

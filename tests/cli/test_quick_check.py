@@ -34,7 +34,7 @@ class Spoken:
 
 
 def test_train_begins_with_three_lines_about_its_data(tmp_path):
-    from lite_orpo.data.sources import open_source
+    from lite_orpo.data.files.sources import open_source
 
     rows = [*GOOD, *GOOD[:2], {"prompt": "a", "chosen": None, "rejected": "b"}]
     pairs = open_source(str(write(tmp_path / "pairs.jsonl", rows)), split="train")
@@ -50,7 +50,7 @@ def test_train_begins_with_three_lines_about_its_data(tmp_path):
 
 def test_nothing_is_said_of_held_out_pairs_for_which_there_was_no_time(tmp_path, monkeypatch):
     from lite_orpo.cli import quick_check
-    from lite_orpo.data.sources import LocatedRow, RowSource
+    from lite_orpo.data.files.sources import LocatedRow, RowSource
 
     def slow():
         yield from (LocatedRow(f"row {i}", row) for i, row in enumerate(GOOD))
@@ -65,7 +65,7 @@ def test_nothing_is_said_of_held_out_pairs_for_which_there_was_no_time(tmp_path,
 
 
 def test_the_look_at_the_data_never_stops_a_run(tmp_path, caplog):
-    from lite_orpo.data.sources import LocatedRow, RowSource
+    from lite_orpo.data.files.sources import LocatedRow, RowSource
 
     def explode():
         yield LocatedRow("row 0", GOOD[0])

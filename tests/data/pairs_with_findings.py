@@ -3,7 +3,7 @@
 import random
 from typing import Any
 
-from lite_orpo.data.sources import RowSource, dataset_source
+from lite_orpo.data.files.sources import RowSource, dataset_source
 
 Row = dict[str, Any]
 WORDS = "amber birch cedar delta ember flint grove heath inlet juniper kelp larch".split()

@@ -11,7 +11,7 @@ and "▁" are spaces, "Ċ" and "<0x0A>" line breaks. What a golden shows beside 
   another before a text of its own.
 """
 
-from lite_orpo.data.rows import PreferenceRow
+from lite_orpo.data.formats.rows import PreferenceRow
 
 
 def user(content):

@@ -9,15 +9,15 @@ from pathlib import Path
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lite_orpo.data.column_mapping import PARTS
-from lite_orpo.data.row_columns import (
+from lite_orpo.data.files.column_mapping import PARTS
+from lite_orpo.data.files.sources import READERS, dataset_source, open_source
+from lite_orpo.data.formats.row_columns import (
     COMPLETION_COLUMNS,
     CONTEXT_COLUMNS,
     PROMPT_COLUMNS,
     SYSTEM_COLUMNS,
 )
-from lite_orpo.data.rows import columns_used, describe_format, parse_row
-from lite_orpo.data.sources import READERS, dataset_source, open_source
+from lite_orpo.data.formats.rows import columns_used, describe_format, parse_row
 from lite_orpo.errors import DataError, RowProblem
 
 MANY = settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))

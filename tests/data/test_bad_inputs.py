@@ -8,8 +8,8 @@ import pytest
 from bad_input_outcomes import DECIDED_BY_THE_TOKENIZER, FOLDER, KEPT, REFUSED
 from tiny_tokenizer import CHATML, char_tokenizer
 
+from lite_orpo.data.files.sources import open_source
 from lite_orpo.data.preparation import LengthRule, prepare_pairs
-from lite_orpo.data.sources import open_source
 from lite_orpo.errors import DataError
 
 TOKENIZER = char_tokenizer(template=CHATML)

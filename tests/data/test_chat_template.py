@@ -7,11 +7,11 @@ import time
 import pytest
 from tiny_tokenizer import CHATML, char_tokenizer
 
-from lite_orpo.data import template_limits
-from lite_orpo.data.chat_template import TemplateRunaway
-from lite_orpo.data.rows import PreferenceRow
-from lite_orpo.data.template_limits import within_limits
-from lite_orpo.data.tokenization import tokenize_pair
+from lite_orpo.data.formats.rows import PreferenceRow
+from lite_orpo.data.tokens import template_limits
+from lite_orpo.data.tokens.chat_template import TemplateRunaway
+from lite_orpo.data.tokens.template_limits import within_limits
+from lite_orpo.data.tokens.tokenization import tokenize_pair
 from lite_orpo.errors import DataError, RowProblem
 
 resource = pytest.importorskip("resource", reason="limits are those of POSIX systems")

@@ -2,8 +2,8 @@
 
 import pytest
 
-from lite_orpo.data.rows import columns_used, describe_format, parse_row
-from lite_orpo.data.sources import dataset_source
+from lite_orpo.data.files.sources import dataset_source
+from lite_orpo.data.formats.rows import columns_used, describe_format, parse_row
 from lite_orpo.errors import DataError, RowProblem
 
 MAPPING = {"prompt": "query", "chosen": "good", "rejected": "bad"}

@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lite_orpo.data import bounded_file, csv_rows
-from lite_orpo.data.rows import parse_row
-from lite_orpo.data.sources import open_source
+from lite_orpo.data.files import bounded_file, csv_rows
+from lite_orpo.data.files.sources import open_source
+from lite_orpo.data.formats.rows import parse_row
 from lite_orpo.errors import DataError, RowProblem
 
 ROWS = [

@@ -5,7 +5,7 @@ import json
 import datasets
 import pytest
 
-from lite_orpo.data.sources import SplitMissing, open_source
+from lite_orpo.data.files.sources import SplitMissing, open_source
 from lite_orpo.errors import DataError
 
 ROWS = [{"prompt": f"q{i}", "chosen": "a", "rejected": "b"} for i in range(4)]

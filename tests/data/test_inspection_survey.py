@@ -15,15 +15,15 @@ from hypothesis import strategies as st
 from pairs_with_findings import WORDS, clean_rows, source_of, swapped
 from tiny_tokenizer import CHATML, char_tokenizer
 
-from lite_orpo.data.column_mapping import with_mapped_columns
+from lite_orpo.data.files.column_mapping import with_mapped_columns
+from lite_orpo.data.files.sources import LocatedRow, RowSource, open_source
+from lite_orpo.data.formats.rows import parse_row
 from lite_orpo.data.inspection.overlong import fate
 from lite_orpo.data.inspection.seen_row import RowReader
 from lite_orpo.data.inspection.shortcuts import wilson_interval
 from lite_orpo.data.inspection.survey import SurveyOptions, survey_pairs
 from lite_orpo.data.preparation import LengthRule, prepare_pairs
-from lite_orpo.data.rows import parse_row
-from lite_orpo.data.sources import LocatedRow, RowSource, open_source
-from lite_orpo.data.tokenization import tokenize_pair
+from lite_orpo.data.tokens.tokenization import tokenize_pair
 from lite_orpo.errors import DataError, UserError
 
 ROOT = Path(__file__).parents[2]

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 from tiny_tokenizer import CHATML, char_tokenizer
 
-from lite_orpo.data import parsed_rows, preparation, template_limits
+from lite_orpo.data import parsed_rows, preparation
+from lite_orpo.data.files.sources import dataset_source, open_source
 from lite_orpo.data.preparation import LengthRule, prepare_pairs
 from lite_orpo.data.preparation_report import TOOLS
-from lite_orpo.data.sources import dataset_source, open_source
+from lite_orpo.data.tokens import template_limits
 from lite_orpo.errors import DataError
 
 NO_LIMIT = LengthRule(None, "drop")

@@ -4,8 +4,8 @@ import pytest
 from tiny_tokenizer import CHATML, char_tokenizer
 
 from lite_orpo.data.preference_row import PreferenceRow
-from lite_orpo.data.rendered_text import generation_prompt
-from lite_orpo.data.tokenization import (
+from lite_orpo.data.tokens.rendered_text import generation_prompt
+from lite_orpo.data.tokens.tokenization import (
     KEPT_AS_TEXT,
     READ_AS_WRITTEN_BY_A_TEMPLATE,
     RowTokenizer,
@@ -88,7 +88,7 @@ def test_words_about_tokens_stay_words(completion):
     ids=["none", "raises", "loops", "no-opening", "no-jinja", "no-prefix"],
 )
 def test_without_a_template_that_opens_an_answer_nothing_is_parted(template, monkeypatch):
-    monkeypatch.setattr("lite_orpo.data.template_limits.MAX_SECONDS", 0.2)
+    monkeypatch.setattr("lite_orpo.data.tokens.template_limits.MAX_SECONDS", 0.2)
     tokenizer = char_tokenizer(template=template)
     assert generation_prompt(tokenizer) == ""
     outcome = RowTokenizer(tokenizer).rows([rendered("What is tea?", ASKED)])[0]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lite_orpo.data.rows import columns_used, describe_format, parse_row
+from lite_orpo.data.formats.rows import columns_used, describe_format, parse_row
 from lite_orpo.errors import RowProblem
 
 

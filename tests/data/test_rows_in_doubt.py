@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from lite_orpo.data.rows import columns_used, parse_row
+from lite_orpo.data.formats.rows import columns_used, parse_row
 from lite_orpo.errors import RowProblem
 
 

@@ -8,9 +8,9 @@ import datasets
 import numpy as np
 import pytest
 
+from lite_orpo.data.files.sources import SplitMissing, dataset_source, open_source
+from lite_orpo.data.formats.rows import parse_row
 from lite_orpo.data.prepared_sets import PreparedSets
-from lite_orpo.data.rows import parse_row
-from lite_orpo.data.sources import SplitMissing, dataset_source, open_source
 from lite_orpo.errors import DataError, HubError
 
 ROWS = [

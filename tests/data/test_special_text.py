@@ -8,9 +8,9 @@ from tiny_tokenizer import CHATML, char_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lite_orpo.data.rows import PreferenceRow
-from lite_orpo.data.special_text import Passage, SpecialTokens, encode_words
-from lite_orpo.data.tokenization import (
+from lite_orpo.data.formats.rows import PreferenceRow
+from lite_orpo.data.tokens.special_text import Passage, SpecialTokens, encode_words
+from lite_orpo.data.tokens.tokenization import (
     KEPT_AS_TEXT,
     READ_AS_CONTROL,
     READ_AS_WRITTEN_BY_A_TEMPLATE,

@@ -16,11 +16,16 @@ from template_styles import (
     styled_tokenizer,
 )
 
-from lite_orpo.data.chat_template import COMPLETION_WORDS, SYSTEM_MESSAGE
+from lite_orpo.data.formats.rows import PreferenceRow
 from lite_orpo.data.padded_rows import padded_row_batch
 from lite_orpo.data.row_batch import PlannedPair
-from lite_orpo.data.rows import PreferenceRow
-from lite_orpo.data.tokenization import KEPT_AS_TEXT, RowTokenizer, TokenizedPair, tokenize_pair
+from lite_orpo.data.tokens.chat_template import COMPLETION_WORDS, SYSTEM_MESSAGE
+from lite_orpo.data.tokens.tokenization import (
+    KEPT_AS_TEXT,
+    RowTokenizer,
+    TokenizedPair,
+    tokenize_pair,
+)
 from lite_orpo.errors import RowProblem
 
 

@@ -5,8 +5,8 @@ from tiny_tokenizer import CHATML, char_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lite_orpo.data.rows import PreferenceRow, parse_row
-from lite_orpo.data.tokenization import RowTokenizer, special_texts_in, tokenize_pair
+from lite_orpo.data.formats.rows import PreferenceRow, parse_row
+from lite_orpo.data.tokens.tokenization import RowTokenizer, special_texts_in, tokenize_pair
 from lite_orpo.errors import DataError, RowProblem
 
 ASK = {"role": "user", "content": "hi"}

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lite_orpo.data.rows import parse_row
+from lite_orpo.data.formats.rows import parse_row
 from lite_orpo.errors import RowProblem
 
 FIRST = "\n\nHuman: Is tea healthy?\n\nAssistant: Mostly.\n\nHuman: And coffee?\n\nAssistant:"

@@ -5,8 +5,8 @@ import pytest
 import torch
 from tiny_tokenizer import CHATML, char_tokenizer
 
-from lite_orpo.data.rows import parse_row
-from lite_orpo.data.tokenization import tokenize_pair
+from lite_orpo.data.formats.rows import parse_row
+from lite_orpo.data.tokens.tokenization import tokenize_pair
 from lite_orpo.errors import DataError, OutOfMemory
 from lite_orpo.generation.answering import Answerer, BatchSize, Question, answers_in_batches
 from lite_orpo.generation.end_tokens import end_token_ids

@@ -10,7 +10,7 @@ from tiny_models import plain_rows, quiet_config, tiny_model
 from tiny_tokenizer import CHATML, char_tokenizer
 
 from lite_orpo import ORPOTrainer
-from lite_orpo.data.sources import dataset_source, open_source
+from lite_orpo.data.files.sources import dataset_source, open_source
 from lite_orpo.errors import DataError
 
 TOKENIZER = char_tokenizer(template=CHATML)

@@ -19,8 +19,8 @@ from tiny_tokenizer import char_tokenizer
 
 from lite_orpo import ORPOTrainer
 from lite_orpo.config.options import ModelOptions
-from lite_orpo.data.rows import parse_row
-from lite_orpo.data.sources import open_source
+from lite_orpo.data.files.sources import open_source
+from lite_orpo.data.formats.rows import parse_row
 from lite_orpo.errors import CheckpointError, DataError, ModelError, UserError
 from lite_orpo.model.load import load_config, load_model, load_tokenizer
 

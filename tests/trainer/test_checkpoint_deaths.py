@@ -21,7 +21,7 @@ from syscall_deaths import OPENS, REMOVALS, RENAMES, SYNCS, WRITES, Followed, fo
 from lite_orpo.checkpoint.find import newest_complete
 from lite_orpo.checkpoint.manifest import MANIFEST_FILE
 from lite_orpo.checkpoint.staging import replaced_folder, staging_folder
-from lite_orpo.random_state import RandomState
+from lite_orpo.step.random_state import RandomState
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 GROUPS = {

@@ -8,7 +8,7 @@ import torch
 from small_runs import StopAt
 from tiny_models import plain_rows, tiny_model, trainer_for, with_lora
 
-from lite_orpo import fingerprint
+from lite_orpo.checkpoint import fingerprint
 from lite_orpo.checkpoint.manifest import write_manifest
 from lite_orpo.errors import CheckpointError
 

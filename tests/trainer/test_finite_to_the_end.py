@@ -7,7 +7,7 @@ import torch
 from tiny_models import GradientRecorder, plain_rows, tiny_model, trainer_for, with_lora
 from torch.nn import functional as F
 
-from lite_orpo.step_context import step_context
+from lite_orpo.step.context import step_context
 
 # ---- pairs that are learnt by heart ----
 

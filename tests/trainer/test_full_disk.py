@@ -15,7 +15,7 @@ from small_runs import StopAt, digests, state_of, trainer
 from lite_orpo.checkpoint import staging
 from lite_orpo.checkpoint.find import newest_complete
 from lite_orpo.errors import CheckpointError
-from lite_orpo.random_state import RandomState
+from lite_orpo.step.random_state import RandomState
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 ROOT = Path(__file__).resolve().parents[2]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lite_orpo.memory_items import state_bytes
+from lite_orpo.memory.items import state_bytes
 
 
 @pytest.mark.parametrize(

@@ -11,14 +11,14 @@ import torch
 from memory_worker import WIDE
 from tiny_models import TOKENIZER, quiet_config, tiny_config, tiny_model, trainer_for, with_lora
 
-from lite_orpo import memory_plan
 from lite_orpo.config.options import LoraOptions, ModelOptions
+from lite_orpo.data.files.sources import dataset_source
 from lite_orpo.data.largest_row import largest_row
 from lite_orpo.data.preparation import LengthRule, prepare_pairs
-from lite_orpo.data.sources import dataset_source
 from lite_orpo.data.step_plan import RowPlanner
 from lite_orpo.errors import ModelError
-from lite_orpo.memory_plan import plan_memory, plan_of_twin
+from lite_orpo.memory import plan as memory_plan
+from lite_orpo.memory.plan import plan_memory, plan_of_twin
 from lite_orpo.model import meta_twin
 from lite_orpo.model.adapter import lora_config, wrap_with_adapter
 from lite_orpo.model.load import load_model

@@ -20,8 +20,8 @@ from tiny_models import (
 
 from lite_orpo.allocator_failure import is_out_of_memory
 from lite_orpo.errors import OutOfMemory
-from lite_orpo.out_of_memory import RowRoom
-from lite_orpo.random_state import RandomState
+from lite_orpo.step.random_state import RandomState
+from lite_orpo.step.row_room import RowRoom
 
 PAIRS = 6
 CPU_ALLOCATOR = (

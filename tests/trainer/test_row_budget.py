@@ -8,13 +8,14 @@ import torch
 from rich.console import Console
 from tiny_models import tiny_model, trainer_for, with_lora
 
-from lite_orpo import device_memory, row_budget
 from lite_orpo.cli.memory_report import print_memory
 from lite_orpo.config.options import DataOptions, LoraOptions, ModelOptions, ReportOptions
 from lite_orpo.config.run_config import RunConfig
-from lite_orpo.device_memory import PeakMemory, free_bytes
 from lite_orpo.errors import ConfigError, ModelError
-from lite_orpo.memory_plan import MemoryPlan, row_tokens_that_fit
+from lite_orpo.memory import device as device_memory
+from lite_orpo.memory.device import PeakMemory, free_bytes
+from lite_orpo.memory.plan import MemoryPlan, row_tokens_that_fit
+from lite_orpo.step import row_budget
 
 MIB = 2**20
 SHAPE = {"max_position_embeddings": 4096, "num_hidden_layers": 4, "hidden_size": 128}

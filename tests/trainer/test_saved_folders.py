@@ -165,7 +165,7 @@ def uploads(monkeypatch):
         def create_repo(self, name, **options):
             return huggingface_hub.RepoUrl(f"https://huggingface.co/someone/{name}")
 
-    monkeypatch.setattr("lite_orpo.saving.upload_folder", upload)
+    monkeypatch.setattr("lite_orpo.checkpoint.saving_trainer.upload_folder", upload)
     monkeypatch.setattr("transformers.trainer.hf_api", Hub)
     return seen
 

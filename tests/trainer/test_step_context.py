@@ -7,7 +7,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from tiny_models import GradientRecorder, plain_rows, tiny_model, trainer_for, with_lora
 
-from lite_orpo import step_context
+from lite_orpo.step import context as step_context
 
 BF16 = {"bf16": True, "prefix_sharing": "on"}
 

@@ -3,8 +3,8 @@
 from collections.abc import Set
 from typing import NamedTuple
 
+from ..files.sources import RowSource
 from ..preparation import LengthRule
-from ..sources import RowSource
 from .finding import Finding
 from .leakage import SharedPrompts
 from .outcome import find_nothing_held_out, find_refusal, of_held_out

@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from ...errors import DataError, RowProblem
-from ..chat_template import TemplateRunaway
+from ..files.sources import LocatedRow, RowSource
 from ..parsed_rows import ParsedRow, parsed_chunks, tokenized
-from ..sources import LocatedRow, RowSource
-from ..special_text import Tokenizer
-from ..tokenization import RowTokenizer, TokenizedRow
+from ..tokens.chat_template import TemplateRunaway
+from ..tokens.special_text import Tokenizer
+from ..tokens.tokenization import RowTokenizer, TokenizedRow
 from .seen_row import RowReader, SeenRow
 from .unreadable import UnreadableRows
 

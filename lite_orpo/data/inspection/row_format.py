@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping
 
-from ..rows import describe_format
+from ..formats.rows import describe_format
 from .finding import Finding, Places, Severity
 from .seen_row import SeenRow
 

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from ...errors import RowProblem
-from ..rows import PreferenceRow
-from ..tokenization import SpecialText, TokenizedPair
+from ..formats.rows import PreferenceRow
+from ..tokens.tokenization import SpecialText, TokenizedPair
 
 
 class Sizes(NamedTuple):

@@ -3,7 +3,7 @@
 import re
 from collections import Counter
 
-from ..tokenization import KEPT_AS_TEXT, READ_AS_CONTROL, READ_AS_WRITTEN_BY_A_TEMPLATE
+from ..tokens.tokenization import KEPT_AS_TEXT, READ_AS_CONTROL, READ_AS_WRITTEN_BY_A_TEMPLATE
 from .finding import Finding, Places, Severity
 from .seen_row import SeenRow
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ...errors import DataError
+from ..files.sources import RowSource
 from ..preparation import LengthRule
-from ..sources import RowSource
-from ..special_text import Tokenizer
+from ..tokens.special_text import Tokenizer
 from .balance import Balance, Category
 from .duplicates import Duplicates
 from .finding import Collector, Finding, Severity

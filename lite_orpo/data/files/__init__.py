@@ -1,0 +1,1 @@
+"""Files, folders and data sets -> raw rows with the place that each came from."""

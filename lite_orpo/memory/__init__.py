@@ -1,0 +1,1 @@
+"""What a run takes: planned before it, item by item, and measured."""

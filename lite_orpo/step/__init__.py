@@ -1,0 +1,1 @@
+"""What surrounds an optimiser step: rows that fit, ranks, what is refused, what is counted."""
