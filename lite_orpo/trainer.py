@@ -5,7 +5,7 @@ is what makes a step: the pairs of the whole optimiser step are planned into row
 scored through the head seam, and the loss is normalised by the tokens and pairs of the whole
 step over all ranks, so that its gradient does not depend on how the step was cut. Preparing
 the model is in `setup.py`, rows in `data/`, whether prompts are shared in
-`model/prefix_sharing.py`, the formula in `loss.py`.
+`model/prefix_sharing.py`, the formula in `losses/`.
 """
 
 from collections.abc import Callable, Iterator
