@@ -9,11 +9,12 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..allocator_failure import is_out_of_memory
 from ..checkpoint.find import newest_complete
 from ..config.options import ModelOptions
 from ..config.run_config import RunConfig, run_config_of
 from ..config.yaml_file import Setting, read_settings
-from ..errors import ConfigError, HubError, ModelError, UserError
+from ..errors import ConfigError, HubError, ModelError
 from ..model.load import load_model, load_tokenizer, loading
 from ..model.quantization import keep_gradients_on_cpu
 from .library_refusals import library_refusals
@@ -138,17 +139,17 @@ def _with_adapter(model: Any, adapter: str, *, trains: bool) -> Any:
     from peft import PeftModel
     from safetensors import SafetensorError
 
-    try:
-        with loading(adapter, "adapter"):
+    with loading(adapter, "adapter"):
+        try:
             return PeftModel.from_pretrained(model, adapter, is_trainable=trains)
-    except UserError:
-        raise
-    except (RuntimeError, KeyError, TypeError, SafetensorError, EOFError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = " ".join(lines[:2]) or type(error).__name__
-        raise ModelError(
-            f"{adapter}: the adapter does not fit the base model, or is damaged: {reason}"
-        ) from error
+        except (RuntimeError, KeyError, TypeError, SafetensorError, EOFError) as error:
+            if is_out_of_memory(error):
+                raise
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            reason = " ".join(lines[:2]) or type(error).__name__
+            raise ModelError(
+                f"{adapter}: the adapter does not fit the base model, or is damaged: {reason}"
+            ) from error
 
 
 def _local(
