@@ -10,7 +10,7 @@ demo: $(STAMP)
 	$(BIN)/lite-orpo train examples/demo.yaml
 
 test: $(STAMP) lint types
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n 2
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n 2 --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,6 +1,7 @@
 """`lite-orpo train` run in this process, on a few of the demo's pairs."""
 
 import io
+import signal
 import sys
 from pathlib import Path
 
@@ -18,6 +19,14 @@ SHORT = [
     "sample_prompts=0",
     "save_plots=false",
 ]
+
+
+@pytest.fixture(autouse=True)
+def interruptible():
+    """Ctrl-C is heard here, though a shell that runs the tests in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture
