@@ -14,6 +14,12 @@ def public_name(name: str) -> str:
     return f"./{Path(name).name}" if os.path.isabs(name) else name
 
 
+def short_name(name: str) -> str:
+    """For people to read: a hub name as it is; of a local path, there or not, its last part."""
+    is_local = os.path.isabs(name) or Path(name).expanduser().exists()
+    return Path(name).expanduser().resolve().name if is_local else name
+
+
 def public_values(value: Any) -> Any:
     """The same with every text in it, however deep in lists and mappings, made public."""
     if isinstance(value, str):

@@ -27,6 +27,7 @@ from ..evaluation.figures import evaluate_scores
 from ..evaluation.scores import Scores
 from ..model.adapter import adapter_switched_off, lora_config, wrap_with_adapter
 from ..model.load import load_model, load_tokenizer
+from ..public_names import short_name
 from ..report.compare_json import write_comparison_json
 from ..report.compare_picture import draw_comparison
 from ..report.compare_table import minutes, print_answers, print_comparison
@@ -101,8 +102,8 @@ def run_comparison(
     print_answers(console, prompts, results)
     print_comparison(console, results, pairs)
     about = {
-        "base": _public(str(config.model.model_name_or_path)),
-        "data": _public(held_out.name),
+        "base": short_name(str(config.model.model_name_or_path)),
+        "data": short_name(held_out.name),
         "pairs": pairs,
         "settings": {variant.label: variant.overrides for variant in variants},
     }
@@ -283,8 +284,3 @@ def _look(
     del trainer, model
     gc.collect()
     return _Looked(scores, tuple(answers), prepared, samples)
-
-
-def _public(name: str) -> str:
-    """A hub name as it is; of a local path only its last part."""
-    return Path(name).name if Path(name).expanduser().exists() else name

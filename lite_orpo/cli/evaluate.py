@@ -14,6 +14,7 @@ from ..data.row_category import Categories, categories_of
 from ..data.row_source import RowSource
 from ..errors import ConfigError, DataError, HubError, ModelError
 from ..evaluation.figures import evaluate_scores
+from ..public_names import short_name
 from ..report.eval_json import write_eval_json
 from ..report.eval_picture import draw_evaluation
 from ..report.eval_table import print_evaluation
@@ -80,10 +81,11 @@ def run_evaluation(name: str, overrides: dict[str, Setting], options: EvalOption
     )
     trained = "the adapter" if target.adapter is not None else "the model"
     print_evaluation(console, evaluation, trained=trained, column=column)
+    base = target.model if target.adapter is not None else target.base
     about = {
         "model": target.name,
-        "base": _public(target.model if target.adapter is not None else target.base),
-        "data": _public(source.name),
+        "base": None if base is None else short_name(base),
+        "data": short_name(source.name),
         "reward_scale": scored.reward_scale,
         "rows": scored.rows_description,
     }
@@ -176,10 +178,3 @@ def _output_folder(target: Target, asked: Path | None) -> Path:
             f"{folder} cannot be written ({error.strerror}); give --output another folder"
         ) from None
     return folder
-
-
-def _public(name: str | None) -> str | None:
-    """A hub name as it is; of a local path only its last part."""
-    if name is None:
-        return None
-    return Path(name).name if Path(name).expanduser().exists() else name

@@ -26,6 +26,7 @@ from ..losses.objective import Objective
 from ..memory.device import PeakMemory
 from ..model.adapter import adapter_switched_off, lora_config, trainable_parameters
 from ..model.load import load_model, load_tokenizer
+from ..public_names import short_name
 from ..report.card import write_card
 from ..report.curves import draw_curves
 from ..report.evaluation_samples import SamplesAtEvaluations
@@ -330,8 +331,8 @@ def _write_report(
         settings["LoRA r / alpha"] = f"{config.lora.lora_r} / {config.lora.lora_alpha}"
     write_card(
         output_dir / "README.md",
-        base_model=_public_name(str(config.model.model_name_or_path)),
-        data=_public_name(str(config.data.dataset_name)),
+        base_model=short_name(str(config.model.model_name_or_path)),
+        data=short_name(str(config.data.dataset_name)),
         settings=settings,
         before=before,
         after=after,
@@ -339,9 +340,3 @@ def _write_report(
         loss_type=args.loss_type,
         is_local=Path(str(config.model.model_name_or_path)).expanduser().exists(),
     )
-
-
-def _public_name(name: str) -> str:
-    """A hub name as it is; of a local path only its last part."""
-    is_local = os.path.isabs(name) or Path(name).expanduser().exists()
-    return Path(name).resolve().name if is_local else name

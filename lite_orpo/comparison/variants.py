@@ -10,7 +10,7 @@ import re
 from typing import Any, NamedTuple
 
 from ..config.loss_types import LOSS_TYPES
-from ..config.yaml_file import Setting
+from ..config.yaml_file import Setting, parse_value
 from ..errors import ConfigError
 
 _LOSS_SETTINGS = ("beta", "orpo_alpha", "orpo_beta", "simpo_gamma", "cpo_alpha")
@@ -40,8 +40,6 @@ def split_values(key: str, value: Any) -> list[Any]:
         ConfigError: one of them is empty, or given twice.
     """
     if isinstance(value, str):
-        from ..config.yaml_file import parse_value
-
         values = [parse_value(part) for part in value.split(",")]
     else:
         values = list(value) if isinstance(value, list) else [value]

@@ -1,12 +1,11 @@
 """compare.json: every figure of a comparison with its interval, costs and answers, for programs."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..comparison.outcome import Result, read_comparison
-from ..errors import ConfigError
+from .json_file import write_json
 
 
 def write_comparison_json(
@@ -29,12 +28,7 @@ def write_comparison_json(
         "prompts": list(prompts),
         "results": [_result(result) for result in results],
     }
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be written: {error.strerror}") from None
+    write_json(path, content)
 
 
 def _result(result: Result) -> dict[str, Any]:

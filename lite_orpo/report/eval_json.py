@@ -1,13 +1,12 @@
 """eval.json: every figure of an evaluation with its interval, for programs."""
 
-import json
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError
 from ..evaluation.figures import LABELS, Evaluation, GroupFigures
 from ..evaluation.intervals import Estimate
 from ..evaluation.reading import read_figures
+from .json_file import write_json
 
 
 def write_eval_json(
@@ -38,12 +37,7 @@ def write_eval_json(
         "column": column,
         "groups": [_group(group) for group in evaluation.groups],
     }
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be written: {error.strerror}") from None
+    write_json(path, content)
 
 
 def _group(group: GroupFigures) -> dict[str, Any]:
